@@ -1,0 +1,65 @@
+"""qcompile: compile a PyTorch model to exact int8 machine code, and run it without PyTorch.
+
+    compiled = qcompile.compile(model, calibration=images)   # float model in, int8 code out
+    compiled.save("model.qcm")
+    deployed = qcompile.load("model.qcm")                     # on the device: no torch, no compiler
+
+The public names are imported on first use, so that `import qcompile` (and with it a deployed
+process) loads neither PyTorch nor TVM.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompile import passes as passes
+    from qcompile import targets as targets
+    from qcompile.compiler import CompiledModel as CompiledModel
+    from qcompile.compiler import compile as compile
+    from qcompile.config import QuantConfig as QuantConfig
+    from qcompile.errors import QcompileError as QcompileError
+    from qcompile.evaluate import evaluate as evaluate
+    from qcompile.quantizer import QuantizedModel as QuantizedModel
+    from qcompile.quantizer import quantize as quantize
+    from qcompile.runtime import load as load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CompiledModel": "qcompile.compiler",
+    "QcompileError": "qcompile.errors",
+    "QuantConfig": "qcompile.config",
+    "QuantizedModel": "qcompile.quantizer",
+    "compile": "qcompile.compiler",
+    "evaluate": "qcompile.evaluate",
+    "load": "qcompile.runtime",
+    "quantize": "qcompile.quantizer",
+}
+_SUBPACKAGES = ("passes", "targets")
+
+__all__ = [
+    "CompiledModel",
+    "QcompileError",
+    "QuantConfig",
+    "QuantizedModel",
+    "compile",
+    "evaluate",
+    "load",
+    "passes",
+    "quantize",
+    "targets",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"qcompile.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # once; this also wins over a submodule of the same name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
