@@ -1,0 +1,55 @@
+# Each target does all of its own set-up: a virtual environment in .venv, the pinned packages of
+# constraints.txt, and (for the tests) the tools that run ARM code. A second call finds it all done.
+
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint docs bench arm-tools clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: .venv/installed-examples ## quantize EfficientNet-Lite0, compile it, compare it with the original
+	$(BIN)/python examples/efficientnet_lite0.py
+
+test: lint arm-tools ## what has to pass before a change goes in
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+
+test-all: lint arm-tools ## the same, and the slow tests as well
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+lint: .venv/installed-test ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/installed-docs ## build the documentation into site/
+	$(BIN)/python docs/draw_stages.py
+	$(BIN)/sphinx-build -q -W -b html docs site
+	@echo "open site/index.html"
+
+bench: .venv/installed-bench ## measure against ONNX Runtime and OpenVINO, side by side
+	$(BIN)/python -m benchmarks.run
+
+.venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv .venv
+
+# ARM libraries are linked with an aarch64 linker and run under qemu. Where neither is there and
+# nothing may be installed, the tests that need them skip and say so.
+arm-tools:
+	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-ld >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends qemu-user binutils-aarch64-linux-gnu >/dev/null \
+		|| echo "qemu-user and binutils-aarch64-linux-gnu could not be installed: the ARM tests will skip"; \
+	else echo "qemu-user and binutils-aarch64-linux-gnu are missing: the ARM tests will skip"; fi
+
+clean: ## remove what the other targets made
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build site qcompile.egg-info
