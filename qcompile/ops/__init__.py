@@ -1,6 +1,28 @@
 """The op table: one row per integer operator. See `qcompile.ops.row` for what a row holds."""
 
-from qcompile.ops.row import Output, QValue, Row, Sample, Site, Weight
-from qcompile.ops.table import ROWS, find, match
+from qcompile.ops.convert import dequantize_call, quantize_call
+from qcompile.ops.row import Act, Call, Example, Output, QValue, Row, Sample, Site, Weight
+from qcompile.ops.table import ROWS, find, integer_rows, match, names, row, shape_rows
+from qcompile.ops.unary import clamp_bounds
 
-__all__ = ["ROWS", "Output", "QValue", "Row", "Sample", "Site", "Weight", "find", "match"]
+__all__ = [
+    "ROWS",
+    "Act",
+    "Call",
+    "Example",
+    "Output",
+    "QValue",
+    "Row",
+    "Sample",
+    "Site",
+    "Weight",
+    "clamp_bounds",
+    "dequantize_call",
+    "find",
+    "integer_rows",
+    "match",
+    "names",
+    "quantize_call",
+    "row",
+    "shape_rows",
+]

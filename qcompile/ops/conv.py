@@ -280,9 +280,7 @@ def _samples_2d(g: torch.Generator) -> Iterator[Sample]:
         geometry = (_pair(stride), list(padding), _pair(dilation), groups)
         x = random_int8(g, batch, c, h, w)
         shape = (o, c // groups, *kernel)
-        like = conv2d_fake(
-            x, torch.empty(shape), x, x, 0, 0, 0, 0, geometry[0], geometry[1], geometry[2], groups
-        )
+        like = conv2d_fake(x, torch.empty(shape), x, x, 0, 0, 0, 0, geometry[0], geometry[1], geometry[2], groups)
         residual = random_int8(g, *like.shape) if with_residual else None
         args, kwargs = sample_weighted(g, shape, residual)
         yield Sample((Act(x), *args, *geometry), kwargs, f"{c}x{h}x{w}->{o} k{kernel} s{stride} g{groups}")

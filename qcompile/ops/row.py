@@ -136,7 +136,9 @@ class Row:
 
     @property
     def op(self) -> Any:
-        """``torch.ops.qcompile.<name>.default``."""
+        """What the integer graph calls: ``torch.ops.qcompile.<name>.default``; a shape row's first ATen operator."""
+        if self.schema is None:
+            return self.aten[0]
         return getattr(torch.ops.qcompile, self.name).default
 
     def register(self) -> None:
