@@ -1,0 +1,89 @@
+"""Target: what the compiler must know of a processor, as data.
+
+A target is flat (none inherits from another): the TVM target, the processor features an artifact
+built for it needs, the instruction-set row that drives the kernel generators, and how to link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Storage = Literal["uint8", "int8"]
+
+
+@dataclass(frozen=True)
+class DotProduct:
+    """One way to multiply-accumulate four int8 products into each int32 lane.
+
+    Attributes:
+        name: as kernels report it.
+        planes: weight vectors per (lanes channels x 4 products).
+        weight_dtype: how those vectors are stored.
+        pack: (..., channels, 4) int8 -> (..., planes, elements) of `weight_dtype`, one row per vector.
+        prepare: the int32 that holds four activations -> the operands shared by a tile row.
+        accumulate: (acc, prepared, weight vectors) -> acc.
+        exact_for: whether this way is exact for these weights (..., channels, 4).
+    """
+
+    name: str
+    planes: int
+    weight_dtype: str
+    pack: Callable[[np.ndarray], np.ndarray]
+    prepare: Callable[[Any], tuple[Any, ...]]
+    accumulate: Callable[[Any, tuple[Any, ...], list[Any]], Any]
+    exact_for: Callable[[np.ndarray], bool] = lambda weight: True
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """The row of facts that turns the shared CPU generators into one processor's kernels.
+
+    Attributes:
+        storage: how activations are stored; uint8 means q + 128 (x86 multiplies u8 by s8).
+        lanes: int32 lanes of a vector register.
+        registers: vector registers.
+        dots: ways to take dot products, best first; the first exact one for the weights is used.
+        l2_bytes: second-level cache of one core, for choosing the loop order.
+    """
+
+    storage: Storage
+    lanes: int
+    registers: int
+    dots: tuple[DotProduct, ...]
+    l2_bytes: int = 1 << 20
+
+    @property
+    def offset(self) -> int:
+        """stored value - int8 value."""
+        return 128 if self.storage == "uint8" else 0
+
+    def dot_for(self, weight: np.ndarray) -> DotProduct:
+        """The fastest dot product that is exact for `weight` (..., channels, 4)."""
+        return next(dot for dot in self.dots if dot.exact_for(weight))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A processor to compile for.
+
+    Attributes:
+        name: as the user writes it.
+        machine: "x86_64" or "aarch64", as `platform.machine()` names it.
+        features: processor features that an artifact for it needs (see `qcompile.device`).
+        tvm: the TVM target, as the dict that tvm.target.Target takes.
+        isa: drives the kernel generators.
+        linkers: commands that can link its objects, in order of preference.
+        rank: which of several targets a device can run is best: the highest.
+    """
+
+    name: str
+    machine: str
+    features: tuple[str, ...]
+    tvm: dict[str, Any]
+    isa: InstructionSet
+    linkers: tuple[str, ...]
+    rank: int

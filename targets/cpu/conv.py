@@ -1,0 +1,280 @@
+"""Implicit-GEMM convolution and GEMM: one generator for every geometry and instruction set.
+
+A register tile computes `rows` neighbouring output pixels x `vectors` vectors of output channels:
+
+    acc[i, j] = bias[j];  for every tap (kh, kw) and group of four input channels k:
+        acc[i, j] = dot(acc[i, j], x[pixel i, tap, 4k .. 4k + 3], weight[j, tap, k])
+
+The input's halo stands for the padding. A grouped convolution reads, for each block of output
+channels, the range of input channels that its groups cover; weights outside a group are zero.
+A linear layer is a 1x1 convolution over one long row of pixels; so is any 1x1 convolution with
+stride 1 between tensors without halo. The zero point of the input is folded into the bias:
+sum (x - zp) w = sum x w - zp sum w, exact in wrapping int32 because the true value fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from qcompile.targets.base import DotProduct, InstructionSet
+from qcompile.targets.cpu import epilogue
+from qcompile.targets.cpu.emit import Kernel, function, load, parallel, registers, store
+from qcompile.targets.layout import NO_HALO, Dim, Layout, align
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """What tuning may choose; every value gives the same bits.
+
+    Attributes:
+        rows: output pixels of a register tile.
+        vectors: vectors of output channels of a register tile.
+        channels_outer: a thread keeps one block of weights and walks over the image (else it keeps a
+            row of the image and walks over the weights).
+    """
+
+    rows: int
+    vectors: int
+    channels_outer: bool
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """The geometry of one convolution; everything that shapes the code and nothing else."""
+
+    x: Layout
+    y: Layout
+    residual: Layout | None
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]  # top, left
+    dilation: tuple[int, int]
+    groups: int
+
+    def flat(self) -> ConvShape:
+        """As one long row of pixels, where pixels of input and output correspond one to one."""
+        layouts = (self.x, self.y, *([self.residual] if self.residual else []))
+        pointwise = self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+        if not pointwise or any(layout.halo != NO_HALO for layout in layouts):
+            return self
+        residual = self.residual.flattened() if self.residual else None
+        return ConvShape(
+            self.x.flattened(), self.y.flattened(), residual, (1, 1), (1, 1), (0, 0), (1, 1), self.groups
+        )
+
+
+def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
+    """For each block of output channels the first input channel it reads, and how many groups of four."""
+    ic, oc = shape.x.channels, shape.y.channels
+    if shape.groups == 1:
+        return [0], align(ic, 4) // 4
+    per_in, per_out = ic // shape.groups, oc // shape.groups
+    first, last = [], []
+    for start in range(0, oc, block):
+        end = min(start + block, oc) - 1
+        first.append(start // per_out * per_in // 4 * 4)
+        last.append(align((end // per_out + 1) * per_in, 4))
+    fours = max(b - a for a, b in zip(first, last, strict=True)) // 4
+    # A range must end inside the pixel; moved down it still covers its groups.
+    return [min(a, shape.x.pitch - 4 * fours) for a in first], fours
+
+
+def default_config(shape: ConvShape, isa: InstructionSet, dot: DotProduct, taps_bytes: int) -> ConvConfig:
+    """An analytic choice: the largest tile that fits the registers, whose rows divide the image well."""
+    vectors_total = align(shape.y.channels, isa.lanes) // isa.lanes
+    width = shape.y.extents[2]
+    spare = 1 + dot.planes  # the prepared activations, and one for the products
+    best, best_score = (1, 1), -1.0
+    limit = vectors_total if shape.groups == 1 else max(1, shape.y.channels // shape.groups // isa.lanes)
+    for vectors in range(1, min(4, limit) + 1):
+        if vectors_total % vectors:
+            continue
+        most = (isa.registers - spare - vectors * dot.planes) // vectors
+        if most < 1:
+            continue
+        tiles = -(-width // most) if isinstance(width, int) else 1
+        rows = -(-width // tiles) if isinstance(width, int) else min(most, 8)
+        # Work per load: a tile step loads its rows and its weights for rows * vectors dot products.
+        useful = width / (tiles * rows) if isinstance(width, int) else 1.0
+        work = rows * vectors
+        score = useful * min(1.0, work / (rows + vectors * dot.planes) / 2.0) * min(1.0, work / 10) + vectors * 1e-3
+        if score > best_score:
+            best, best_score = (rows, vectors), score
+    weight_bytes = taps_bytes * vectors_total * isa.lanes
+    return ConvConfig(*best, channels_outer=weight_bytes > isa.l2_bytes // 2)
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """Weights in the order the kernel reads them: (block, tap row, tap column, k, vector, plane, element)."""
+
+    data: np.ndarray
+    starts: list[int]
+    fours: int
+
+
+def pack(weight: np.ndarray, shape: ConvShape, config: ConvConfig, isa: InstructionSet, dot: DotProduct) -> PackedWeights:
+    """`weight` (out channels, in channels / groups, KH, KW) int8 -> the kernel's order."""
+    oc, per_in, kh, kw = weight.shape
+    block = config.vectors * isa.lanes
+    starts, fours = channel_ranges(shape, block)
+    blocks = align(oc, block) // block
+    per_out = oc // shape.groups
+    span = fours * 4
+    full = np.zeros((blocks * block, kh, kw, span), np.int8)
+    taps = weight.transpose(0, 2, 3, 1)
+    for c in range(oc) if shape.groups > 1 else ():
+        at = c // per_out * per_in - starts[c // block]
+        full[c, :, :, at : at + per_in] = taps[c]
+    if shape.groups == 1:
+        full[:oc, :, :, :per_in] = taps
+    grouped = full.reshape(blocks, config.vectors, isa.lanes, kh, kw, fours, 4).transpose(0, 3, 4, 5, 1, 2, 6)
+    return PackedWeights(dot.pack(grouped), starts, fours)
+
+
+def conv(
+    shape: ConvShape,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    m: np.ndarray,
+    x_zero_point: int,
+    numbers: epilogue.Requantize,
+    isa: InstructionSet,
+    symbols: tuple[tirx.Var, ...] = (),
+    config: ConvConfig | None = None,
+) -> Kernel:
+    """The kernel of one convolution; `weight` (O, C / groups, KH, KW) int8, `bias` int32, `m` float32."""
+    shape = shape.flat()
+    dot = isa.dot_for(_by_fours(weight))
+    taps_bytes = int(np.prod(weight.shape[2:])) * channel_ranges(shape, isa.lanes)[1] * 4
+    config = config or default_config(shape, isa, dot, taps_bytes)
+    packed = pack(weight, shape, config, isa, dot)
+    lanes_total = packed.data.shape[0] * config.vectors * isa.lanes
+    sums = weight.astype(np.int64).reshape(weight.shape[0], -1).sum(1)
+    stored_zero_point = x_zero_point + isa.offset
+    folded = (bias.astype(np.int64) - stored_zero_point * sums).astype(np.int64)
+    wrapped = (folded & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+    integers = numbers.integers(isa, np.pad(wrapped, (0, lanes_total - len(wrapped))))
+    floats = numbers.floats(np.pad(m, (0, lanes_total - len(m))))
+    starts = (np.asarray(packed.starts, np.int32),) if shape.groups > 1 else ()
+    func = _build(shape, config, isa, dot, packed, symbols)
+    name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
+    label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
+    return Kernel(label, func, (packed.data.reshape(-1), integers, floats, *starts))
+
+
+def _by_fours(weight: np.ndarray) -> np.ndarray:
+    """(O, C, KH, KW) -> (O, KH, KW, C / 4, 4): the neighbours that a dot product multiplies together."""
+    taps = weight.transpose(0, 2, 3, 1)
+    taps = np.pad(taps, [(0, 0)] * 3 + [(0, -taps.shape[3] % 4)])
+    return taps.reshape(*taps.shape[:3], -1, 4)
+
+
+def _build(
+    shape: ConvShape,
+    config: ConvConfig,
+    isa: InstructionSet,
+    dot: DotProduct,
+    packed: PackedWeights,
+    symbols: tuple[tirx.Var, ...],
+) -> tirx.PrimFunc:
+    lanes, rows, vectors = isa.lanes, config.rows, config.vectors
+    blocks, kh, kw, fours = packed.data.shape[:4]
+    block = vectors * lanes
+    batch, height, width = shape.y.extents
+    element = packed.data.shape[-1]
+    step = vectors * dot.planes * element  # elements of weight per (tap, k)
+    lines: Dim = batch * height
+    one_line = isinstance(lines, int) and lines == 1
+    # One long row is cut into tiles across threads; otherwise a thread takes whole image rows.
+    full = width // rows
+    rest = width % rows if isinstance(width, int) else None
+    with function("conv") as (args, done):
+        x = args.buffer("x", shape.x.size, isa.storage)
+        residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
+        weights = args.buffer("weights", packed.data.size, dot.weight_dtype)
+        integers = args.buffer("integers", epilogue.HEAD + blocks * block, "int32")
+        floats = args.buffer("floats", epilogue.HEAD + blocks * block, "float32")
+        starts = args.buffer("starts", len(packed.starts), "int32") if shape.groups > 1 else None
+        args.symbols(symbols)
+        y = args.buffer("y", shape.y.size, isa.storage)
+
+        def tile(n: Any, h: Any, w: Any, b: Any, count: int) -> None:
+            """`count` pixels from (n, h, w) and block `b` of output channels."""
+            acc = registers(count * vectors, lanes, "int32")
+
+            def at(i: int, j: int) -> int:
+                return (i * vectors + j) * lanes
+
+            for i in range(count):
+                for j in range(vectors):
+                    bias = epilogue.channel_load(integers, b * block + j * lanes, lanes)
+                    store(acc, at(i, j), bias, lanes)
+            first = starts[b] if starts is not None else 0
+
+            def taps(i_h: Any, i_w: Any, k: Any) -> None:
+                panel = (((b * kh + i_h) * kw + i_w) * fours + k) * step
+                loaded = [
+                    [load(weights, panel + (j * dot.planes + p) * element, element) for p in range(dot.planes)]
+                    for j in range(vectors)
+                ]
+                for i in range(count):
+                    pixel = shape.x.offset(
+                        n,
+                        h * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
+                        (w + i) * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                        first + k * 4,
+                    )
+                    four = dot.prepare(T.reinterpret("int32", load(x, pixel, 4)))
+                    for j in range(vectors):
+                        store(acc, at(i, j), dot.accumulate(load(acc, at(i, j), lanes), four, loaded[j]), lanes)
+
+            with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, fours) as k:
+                taps(i_h, i_w, k)
+            for i in range(count):
+                for j in range(vectors):
+                    channel = b * block + j * lanes
+                    m = epilogue.channel_load(floats, channel, lanes)
+                    other = None
+                    if residual is not None and shape.residual is not None:
+                        other = load(residual, shape.residual.offset(n, h, w + i, channel), lanes)
+                    value = epilogue.requantize(load(acc, at(i, j), lanes), m, integers, floats, isa, lanes, other)
+                    store(y, shape.y.offset(n, h, w + i, channel), value, lanes)
+
+        if one_line:
+            _split(full, blocks, config.channels_outer, lambda t, b: tile(0, 0, t * rows, b, rows))
+            if rest:
+                _split(1, blocks, True, lambda t, b: tile(0, 0, full * rows, b, rest))
+            elif rest is None:
+                _split(width - full * rows, blocks, True, lambda t, b: tile(0, 0, full * rows + t, b, 1))
+        else:
+
+            def line(t: Any, b: Any) -> None:
+                n, h = T.floordiv(t, height), T.floormod(t, height)
+                with T.serial(0, full) as i:
+                    tile(n, h, i * rows, b, rows)
+                if rest:
+                    tile(n, h, full * rows, b, rest)
+                elif rest is None:
+                    with T.serial(0, width - full * rows) as i:
+                        tile(n, h, full * rows + i, b, 1)
+
+            _split(lines, blocks, config.channels_outer, line)
+        epilogue.fill_halo(y, shape.y, integers, isa)
+    return done.result
+
+
+def _split(lines: Dim, blocks: int, channels_outer: bool, body: Any) -> None:
+    """One parallel loop over lines x blocks, in the chosen order."""
+    if isinstance(lines, int) and lines == 0:
+        return
+    with parallel(lines * blocks) as task:
+        if channels_outer:
+            body(T.floormod(task, lines), T.floordiv(task, lines))
+        else:
+            body(T.floordiv(task, blocks), T.floormod(task, blocks))

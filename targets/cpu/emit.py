@@ -1,0 +1,123 @@
+"""Building a TIR function statement by statement: the few helpers that every generator uses.
+
+A generated function takes flat buffers: the activations, then the constants, then the dynamic
+dimensions as int64 scalars, then the output. Its outermost loops are parallel; everything that
+should live in registers is written out (unrolled) by Python, so that LLVM sees straight-line code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from qcompile.targets.layout import Dim
+
+
+@dataclass
+class Kernel:
+    """A generated function with the constants it is called with.
+
+    Attributes:
+        name: what the ledger and profiles show.
+        func: the TIR function.
+        constants: in parameter order, after the activations.
+    """
+
+    name: str
+    func: tirx.PrimFunc
+    constants: tuple[np.ndarray, ...] = ()
+
+
+@dataclass
+class Arguments:
+    """Declares the parameters of the function under construction."""
+
+    buffers: list[Any] = field(default_factory=list)
+
+    def buffer(self, name: str, shape: Dim | tuple[Dim, ...], dtype: str) -> Any:
+        shape = shape if isinstance(shape, tuple) else (shape,)
+        self.buffers.append(T.arg(name, T.buffer(shape, dtype)))
+        return self.buffers[-1]
+
+    def symbols(self, symbols: Sequence[tirx.Var]) -> None:
+        """The dynamic dimensions, as scalars."""
+        for symbol in symbols:
+            T.arg(symbol.name, symbol)
+
+
+class Function:
+    """Holds the finished function once the `function` context has ended."""
+
+    result: tirx.PrimFunc
+
+
+@contextmanager
+def function(name: str) -> Iterator[tuple[Arguments, Function]]:
+    """Build one PrimFunc; the body of the with statement emits its statements."""
+    done = Function()
+    with IRBuilder() as builder:
+        with T.prim_func():
+            T.func_name(name)
+            T.func_attr({"tirx.noalias": True})
+            yield Arguments(), done
+    done.result = builder.get()
+
+
+def ramp(offset: Any, lanes: int) -> Any:
+    return T.ramp(offset, 1, lanes) if lanes > 1 else offset
+
+
+def load(buffer: Any, offset: Any, lanes: int) -> Any:
+    """`lanes` consecutive elements from `offset`."""
+    return buffer[ramp(offset, lanes)]
+
+
+def store(buffer: Any, offset: Any, value: Any, lanes: int) -> None:
+    T.buffer_store(buffer, value, [ramp(offset, lanes)])
+
+
+def splat(value: Any, lanes: int) -> Any:
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def vector_type(dtype: str, lanes: int) -> str:
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+
+def widen(value: Any, dtype: str, lanes: int) -> Any:
+    return T.cast(value, vector_type(dtype, lanes))
+
+
+def llvm(dtype: str, lanes: int, intrinsic: str, *args: Any) -> Any:
+    """A pure LLVM intrinsic on vectors of `lanes` elements."""
+    return T.call_llvm_pure_intrin(vector_type(dtype, lanes), T.llvm_lookup_intrinsic_id(intrinsic), *args)
+
+
+def registers(count: int, lanes: int, dtype: str) -> Any:
+    """`count` vectors that LLVM keeps in registers, since every access has a constant index."""
+    return T.alloc_buffer((count * lanes,), dtype, scope="local")
+
+
+def parallel(extent: Dim) -> Any:
+    """A parallel loop, or none where there is one task: a launch costs more than it could save."""
+    return T.serial(0, 1) if isinstance(extent, int) and extent == 1 else T.parallel(0, extent)
+
+
+def fill(buffer: Any, offset: Any, count: int, value: Any) -> None:
+    """Store the scalar `value` into `count` consecutive elements."""
+    lanes = 64
+    if count >= lanes:
+        with T.serial(0, count // lanes) as i:
+            store(buffer, offset + i * lanes, splat(value, lanes), lanes)
+    rest = count % lanes
+    while rest:
+        lanes = 1 << (rest.bit_length() - 1)
+        store(buffer, offset + (count - rest), splat(value, lanes), lanes)
+        rest -= lanes

@@ -1,0 +1,94 @@
+"""From an accumulator to a stored activation: the contract of qcompile.arith, as TIR.
+
+Float multiply-add is never left to the compiler: where the contract says fma it is `llvm.fma`, and
+nowhere else does a product meet a sum. `llvm.lrint` rounds half to even in the default rounding mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from qcompile.targets.base import InstructionSet
+from qcompile.targets.cpu.emit import fill, llvm, load, splat, widen
+from qcompile.targets.layout import NO_HALO, Layout
+
+# Per-layer numbers are data, not code, so that layers of one shape share one kernel. They head the
+# constant buffers; the per-channel values follow at this offset, aligned for vectors.
+HEAD = 16
+
+
+@dataclass(frozen=True)
+class Requantize:
+    """The numbers of one requantize, in the units of the integer graph."""
+
+    zero_point: int
+    lo: int = -128
+    hi: int = 127
+    other_m: float = 0.0
+    other_zero_point: int = 0
+
+    def integers(self, isa: InstructionSet, per_channel: np.ndarray | None = None) -> np.ndarray:
+        """int32: [zero point, residual zero point] as stored, then the per-channel values."""
+        head = np.zeros(HEAD, np.int32)
+        head[:2] = self.zero_point + isa.offset, self.other_zero_point + isa.offset
+        return head if per_channel is None else np.concatenate([head, per_channel.astype(np.int32)])
+
+    def floats(self, per_channel: np.ndarray | None = None) -> np.ndarray:
+        """float32: [lo, hi, residual multiplier], the clamp relative to the zero point."""
+        head = np.zeros(HEAD, np.float32)
+        head[:3] = self.lo - self.zero_point, self.hi - self.zero_point, np.float32(self.other_m)
+        return head if per_channel is None else np.concatenate([head, per_channel.astype(np.float32)])
+
+
+def to_float(acc: Any, lanes: int) -> Any:
+    return widen(acc, "float32", lanes)
+
+
+def finish(real: Any, integers: Any, floats: Any, isa: InstructionSet, lanes: int) -> Any:
+    """clamp, round half to even, add the zero point: float32 -> the stored type."""
+    clamped = T.min(T.max(real, splat(floats[0], lanes)), splat(floats[1], lanes))
+    rounded = llvm("int32", lanes, "llvm.lrint", clamped)
+    return widen(rounded + splat(integers[0], lanes), isa.storage, lanes)
+
+
+def centre(stored: Any, zero_point: Any, lanes: int) -> Any:
+    """A stored activation -> float32(q - zero_point)."""
+    return to_float(widen(stored, "int32", lanes) - splat(zero_point, lanes), lanes)
+
+
+def requantize(
+    acc: Any, m: Any, integers: Any, floats: Any, isa: InstructionSet, lanes: int, residual: Any = None
+) -> Any:
+    """int32 accumulator (and perhaps a stored residual) -> the stored type. `m`: float32 vector."""
+    real = to_float(acc, lanes) * m
+    if residual is not None:
+        other = centre(residual, integers[1], lanes)
+        real = llvm("float32", lanes, "llvm.fma", other, splat(floats[2], lanes), real)
+    return finish(real, integers, floats, isa, lanes)
+
+
+def fill_halo(y: Any, layout: Layout, integers: Any, isa: InstructionSet) -> None:
+    """Write the zero point into the halo of every image."""
+    if layout.halo == NO_HALO:
+        return
+    top, bottom, left, right = layout.halo
+    batch, height, width = layout.extents
+    value = T.cast(integers[0], isa.storage)
+    pitch = layout.pitch
+    row = (left + width + right) * pitch
+    with T.serial(0, batch) as n:
+        # The margin right of one row and left of the next are neighbours in memory.
+        fill(y, layout.offset(n, -top, -left, 0), top * row + left * pitch, value)
+        if left + right and height > 1:
+            with T.serial(0, height - 1) as h:
+                fill(y, layout.offset(n, h, width, 0), (right + left) * pitch, value)
+        fill(y, layout.offset(n, height - 1, width, 0), right * pitch + bottom * row, value)
+
+
+def channel_load(buffer: Any, channel: Any, lanes: int) -> Any:
+    """A vector of per-channel constants from channel `channel` on."""
+    return load(buffer, channel + HEAD, lanes)
