@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from qcompile import arith
 from qcompile.errors import QuantizationError
-from qcompile.ir import is_constant, source, where
-from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_int8
+from qcompile.ir import is_constant, shape_of, source, where
+from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_clamp, random_int8
 
 aten = torch.ops.aten
 
@@ -215,23 +215,44 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))
 
 
+def _geometry(site: Site, rank: int) -> tuple[list[int], list[int], list[int]]:
+    """Stride, padding (before and after, axis by axis) and dilation over `rank` spatial axes."""
+    assert site.weight is not None
+
+    def axes(value: Any) -> list[int]:
+        return [value] * rank if isinstance(value, int) else list(value) * (rank // len(value))
+
+    stride, padding, dilation = (argument(site.node, i, default) for i, default in ((3, 1), (4, 0), (5, 1)))
+    if padding == "same":  # an odd total pads one more at the end
+        totals = [d * (k - 1) for d, k in zip(axes(dilation), site.weight.q.shape[2:], strict=True)]
+        pads = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pads = [(p, p) for p in axes(0 if padding == "valid" else padding)]
+    return axes(stride), [p for pair in pads for p in pair], axes(dilation)
+
+
 def _fuse_2d(site: Site) -> Call:
     args, kwargs = weighted(site)
-    stride, padding, dilation = (_pair(argument(site.node, i, d)) for i, d in ((3, 1), (4, 0), (5, 1)))
-    pads = [padding[0], padding[0], padding[1], padding[1]]
-    return CONV2D.op, (*args, stride, pads, dilation, argument(site.node, 6, 1)), kwargs
+    return CONV2D.op, (*args, *_geometry(site, 2), argument(site.node, 6, 1)), kwargs
 
 
 def _fuse_1d(site: Site) -> Call:
     args, kwargs = weighted(site)
-    stride, padding, dilation = (_pair(argument(site.node, i, d))[0] for i, d in ((3, 1), (4, 0), (5, 1)))
-    return CONV1D.op, (*args, stride, [padding, padding], dilation, argument(site.node, 6, 1)), kwargs
+    (stride,), padding, (dilation,) = _geometry(site, 1)
+    return CONV1D.op, (*args, stride, padding, dilation, argument(site.node, 6, 1)), kwargs
 
 
 def constant_weight(node: fx.Node) -> str | None:
     """The objection of operators that need a constant weight."""
     weight = node.args[1]
     return None if isinstance(weight, fx.Node) and is_constant(weight) else "its weight is computed at run time"
+
+
+def _decline(node: fx.Node) -> str | None:
+    x, weight = node.args[:2]
+    if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and len(shape_of(x)) != len(shape_of(weight)):
+        return "its input has no batch dimension"
+    return constant_weight(node)
 
 
 def sample_weighted(
@@ -244,7 +265,7 @@ def sample_weighted(
     bias = torch.randint(-3000, 3000, (out_channels,), generator=g, dtype=torch.int32)
     m = (torch.rand(out_channels, generator=g) + 0.1) * (2.0 / (127 * taps**0.5))
     x_zp, zp = (int(v) for v in torch.randint(-128, 128, (2,), generator=g))
-    lo, hi = sorted(int(v) for v in torch.randint(-128, 128, (2,), generator=g)) if zp % 2 else (-128, 127)
+    lo, hi = random_clamp(g)
     kwargs: dict[str, Any] = {}
     if residual is not None:
         kwargs = {
@@ -304,22 +325,25 @@ def _examples_2d(g: torch.Generator) -> Iterator[Example]:
     yield Example(nn.Conv2d(3, 8, 3, padding=1), (torch.randn(1, 3, 9, 9, generator=g),))
     yield Example(nn.Conv2d(8, 8, 3, stride=2, groups=8, bias=False), (torch.randn(2, 8, 9, 9, generator=g),))
     yield Example(nn.Conv2d(6, 4, (3, 1), dilation=2, groups=2), (torch.randn(1, 6, 9, 7, generator=g),))
+    yield Example(nn.Conv2d(3, 4, (4, 3), padding="same"), (torch.randn(1, 3, 7, 8, generator=g),))
+    yield Example(nn.Conv2d(3, 4, 3, padding="valid"), (torch.randn(1, 3, 7, 8, generator=g),))
 
 
 def _examples_1d(g: torch.Generator) -> Iterator[Example]:
     yield Example(nn.Conv1d(5, 8, 3, padding=1, stride=2), (torch.randn(2, 5, 19, generator=g),))
+    yield Example(nn.Conv1d(5, 5, 4, padding="same", groups=5), (torch.randn(2, 5, 19, generator=g),))
 
 
 CONV2D = Row(
     name="conv2d",
     schema=_SCHEMA_2D,
-    aten=(aten.conv2d.default,),
+    aten=(aten.conv2d.default, aten.conv2d.padding),
     reference=conv2d,
     fake=conv2d_fake,
     fuse=_fuse_2d,
     samples=_samples_2d,
     examples=_examples_2d,
-    decline=constant_weight,
+    decline=_decline,
     weight_arg=1,
     bias_arg=2,
     absorbs_clamp=True,
@@ -329,13 +353,13 @@ CONV2D = Row(
 CONV1D = Row(
     name="conv1d",
     schema=_SCHEMA_1D,
-    aten=(aten.conv1d.default,),
+    aten=(aten.conv1d.default, aten.conv1d.padding),
     reference=conv1d,
     fake=conv1d_fake,
     fuse=_fuse_1d,
     samples=_samples_1d,
     examples=_examples_1d,
-    decline=constant_weight,
+    decline=_decline,
     weight_arg=1,
     bias_arg=2,
     absorbs_clamp=True,

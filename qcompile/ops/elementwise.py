@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from qcompile import arith
 from qcompile.ir import is_constant
-from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_int8
+from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_clamp, random_int8
 
 aten = torch.ops.aten
 
@@ -117,8 +117,8 @@ def _integers(g: torch.Generator, n: int) -> list[int]:
 
 
 def _sample(g: torch.Generator, a: tuple[int, ...], b: tuple[int, ...], *scalars: Any) -> Sample:
-    zp, *ends = _integers(g, 3)
-    lo, hi = sorted(ends) if zp % 2 else (-128, 127)
+    (zp,) = _integers(g, 1)
+    lo, hi = random_clamp(g)
     label = " ".join("x".join(map(str, s)) for s in (a, b))
     return Sample((Act(random_int8(g, *a)), Act(random_int8(g, *b)), *scalars, zp, lo, hi), label=label)
 

@@ -153,3 +153,9 @@ class Row:
 def random_int8(g: torch.Generator, *shape: int, lo: int = QMIN, hi: int = QMAX) -> Tensor:
     """Uniform random int8 in [lo, hi], never all zeros in practice: test data."""
     return torch.randint(lo, hi + 1, shape, generator=g, dtype=torch.int32).to(torch.int8)
+
+
+def random_clamp(g: torch.Generator) -> tuple[int, int]:
+    """A random clamp (lo, hi), every second one the full range: test data."""
+    lo, hi, narrow = (int(v) for v in torch.randint(0, 100, (3,), generator=g))
+    return (QMIN + lo, QMAX - hi) if narrow % 2 else (QMIN, QMAX)
