@@ -12,7 +12,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: .venv/installed-examples ## quantize EfficientNet-Lite0, compile it, compare it with the original
-	$(BIN)/python examples/efficientnet_lite0.py
+	$(BIN)/python -m examples.efficientnet_lite0
 
 test: lint arm-tools ## what has to pass before a change goes in
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"

