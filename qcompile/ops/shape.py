@@ -46,9 +46,12 @@ def _row(
     geometries: Iterable[_Geometry],
     fuse: Callable[[Site], Call] | None = None,
     decline: Callable[[fx.Node], str | None] = no_objection,
-    example: int = 0,
+    models: tuple[tuple[Any, _Geometry], ...] = (),
 ) -> Row:
-    """A shape row; the integer graph calls `targets[0]`, the others take the same arguments."""
+    """A shape row; the integer graph calls `targets[0]`, and `fuse` brings the others to it.
+
+    `models`: operator and geometry of the float examples, where they are not the first of `geometries`.
+    """
     target, cases = targets[0], tuple(geometries)
 
     def samples(g: torch.Generator) -> Iterator[Sample]:
@@ -56,8 +59,8 @@ def _row(
             yield Sample((Act(random_int8(g, *shape)), *args), label=f"{'x'.join(map(str, shape))} {args}")
 
     def examples(g: torch.Generator) -> Iterator[Example]:
-        shape, args = cases[example]
-        yield Example(_Apply(target, args), (torch.randn(shape, generator=g),))
+        for applied, (shape, args) in models or ((target, cases[0]),):
+            yield Example(_Apply(applied, args), (torch.randn(shape, generator=g),))
 
     return Row(
         name=str(target).removeprefix("aten.").removesuffix(".default"),
@@ -150,6 +153,7 @@ ROWS: tuple[Row, ...] = (
     _row(aten.clone.default, geometries=((_4D, ()), (_3D, ()), (_2D, ()), ((1, 1, 1, 1), ()))),
     _row(
         aten.constant_pad_nd.default,
+        aten.pad.default,
         geometries=(
             (_4D, ([1, 1, 1, 1], -7)),
             (_4D, ([0, 3, 2, 0], 127)),
@@ -161,5 +165,10 @@ ROWS: tuple[Row, ...] = (
         ),
         fuse=_fuse_pad,
         decline=_decline_pad,
+        models=(
+            (aten.pad.default, (_4D, ([1, 2, 0, 1],))),
+            (aten.pad.default, (_3D, ([1, 2], "constant", 0.0))),
+            (aten.constant_pad_nd.default, (_4D, ([1, 1, 1, 1], 0.0))),
+        ),
     ),
 )
