@@ -200,9 +200,12 @@ def _label(*parts: Any) -> str:
     return " ".join("x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in parts)
 
 
-def _rescaling(g: torch.Generator) -> tuple[int, float, int]:
-    x_zp, zp = (int(v) for v in torch.randint(-100, 100, (2,), generator=g))
-    return x_zp, 0.4 + float(torch.rand(1, generator=g, dtype=torch.float64)), zp
+def _rescaling(g: torch.Generator, count: int) -> tuple[int, float, int]:
+    """x_zero_point, ratio and zero_point that spread a mean of `count` random values over int8."""
+    ratio = (0.7 + 0.6 * float(torch.rand(1, generator=g, dtype=torch.float64))) * max(1.0, count**0.5 / 2)
+    reach = int(arith.QMAX / ratio)
+    x_zp = int(torch.randint(-reach, reach + 1, (1,), generator=g))
+    return x_zp, ratio, max(arith.QMIN, min(arith.QMAX, round(ratio * x_zp)))
 
 
 def _samples_max(g: torch.Generator) -> Iterator[Sample]:
@@ -213,16 +216,17 @@ def _samples_max(g: torch.Generator) -> Iterator[Sample]:
 
 def _samples_avg(g: torch.Generator) -> Iterator[Sample]:
     for shape, kernel, stride, padding, *counting in _AVG_GEOMETRIES:
-        x_zp, ratio, zp = _rescaling(g)
+        x_zp, ratio, zp = _rescaling(g, kernel[0] * kernel[1])
         geometry = [list(kernel), list(stride), list(padding)]
-        args = (Act(random_int8(g, *shape)), x_zp, *geometry, *counting, 3 * ratio, zp)
+        args = (Act(random_int8(g, *shape)), x_zp, *geometry, *counting, ratio, zp)
         yield Sample(args, label=_label(shape, kernel, stride, padding, *counting))
 
 
 def _samples_adaptive(g: torch.Generator) -> Iterator[Sample]:
     for shape, output_size in _ADAPTIVE_GEOMETRIES:
-        x_zp, ratio, zp = _rescaling(g)
-        args = (Act(random_int8(g, *shape)), x_zp, list(output_size), 3 * ratio, zp)
+        rows, columns = (-(-shape[2 + i] // output_size[i]) for i in (0, 1))
+        x_zp, ratio, zp = _rescaling(g, rows * columns)
+        args = (Act(random_int8(g, *shape)), x_zp, list(output_size), ratio, zp)
         yield Sample(args, label=_label(shape, output_size))
 
 
