@@ -142,7 +142,8 @@ def where(node: fx.Node) -> str:
     # Export prefixes paths with the name of its own root ("L['self'].layer1" or "self.layer1").
     for prefix in ("L['self']", "self"):
         path = path.removeprefix(prefix)
-    return str(path).lstrip(".")
+    path = str(path).lstrip(".")
+    return "" if path.startswith("_empty_nn_module_stack") else path  # export's own nodes have no module
 
 
 def source(node: fx.Node) -> str | None:
@@ -194,7 +195,7 @@ def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.N
     graph_module.register_buffer(fresh, value.detach().clone().contiguous())
     node = graph_module.graph.get_attr(fresh)
     mode = fake_mode(graph_module)
-    node.meta["val"] = mode.from_tensor(getattr(graph_module, fresh))
+    node.meta["val"] = mode.from_tensor(getattr(graph_module, fresh), static_shapes=True)
     return node
 
 

@@ -1,0 +1,116 @@
+"""Run the calibration data through the observed graph: read once, batch by batch, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcompile.errors import CalibrationError
+from qcompile.inputs import flatten
+from qcompile.ir import InputSpec, Program, Property
+from qcompile.passes.base import Context, Pass
+
+_REMEDY_DATA = "each batch must look like the example inputs: the same inputs, shapes and types"
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Feeds every batch of the context's calibration data.
+
+    A batch whose first dimension is a multiple of a static batch size is fed in pieces.
+
+    Raises:
+        CalibrationError: there is no batch, or one is of the wrong count, shape or type, or holds
+            NaN or infinity; names the batch and the input.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.OBSERVED})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.CALIBRATED})
+
+    def run(self, program: Program, context: Context) -> bool:
+        if context.calibration is None:
+            raise CalibrationError("no calibration data", remedy="pass calibration=an iterable of inputs")
+        total = len(context.calibration) if hasattr(context.calibration, "__len__") else None
+        done = 0
+        for index, batch in enumerate(context.calibration):
+            for inputs in check_batch(program.inputs, batch, index):
+                program(*inputs)
+            done = index + 1
+            context.report("calibrate", done, total)
+        if done == 0:
+            raise CalibrationError(
+                "the calibration data is empty",
+                remedy="pass at least one batch; a generator that was read before is empty, so make a new one",
+            )
+        return False
+
+
+def check_batch(specs: tuple[InputSpec, ...], batch: Any, index: int) -> Iterator[list[Tensor]]:
+    """The inputs that `batch` holds, checked against `specs`: once, or in pieces of the static batch size."""
+    place = f"calibration batch {index}"
+    values = flatten(batch, [spec.name for spec in specs])
+    if values is None:
+        wanted = ", ".join(spec.name for spec in specs)
+        raise CalibrationError(
+            f"the batch does not hold the {len(specs)} inputs of the model ({wanted})", where=place, remedy=_REMEDY_DATA
+        )
+    tensors = [_tensor(spec, value, place) for spec, value in zip(specs, values, strict=True)]
+    pieces = _pieces(specs, tensors)
+    for spec, tensor in zip(specs, tensors, strict=True):
+        _check_shape(spec, tensor, pieces, place)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CalibrationError(
+                f"the input {spec.name!r} holds NaN or infinity",
+                where=place,
+                remedy="look for missing values or a division by zero in the preprocessing",
+            )
+    yield from (list(piece) for piece in zip(*(t.chunk(pieces) if pieces > 1 else (t,) for t in tensors), strict=True))
+
+
+def _tensor(spec: InputSpec, value: Any, place: str) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor) or str(value.dtype) != f"torch.{spec.dtype}":
+        got = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
+        raise CalibrationError(
+            f"the input {spec.name!r} is {got}, not {spec.dtype}", where=place, remedy=f"convert it to {spec.dtype}"
+        )
+    return value.detach().to("cpu")
+
+
+def _pieces(specs: tuple[InputSpec, ...], tensors: list[Tensor]) -> int:
+    """Into how many equal pieces to cut the batch so that each has the static batch size; else 1."""
+    factors = set()
+    for spec, tensor in zip(specs, tensors, strict=True):
+        batch = spec.shape[0] if spec.shape else None
+        if not isinstance(batch, int) or batch < 1 or tensor.dim() == 0 or tensor.shape[0] % batch:
+            return 1
+        factors.add(tensor.shape[0] // batch)
+    return max(factors.pop(), 1) if len(factors) == 1 else 1
+
+
+def _check_shape(spec: InputSpec, tensor: Tensor, pieces: int, place: str) -> None:
+    shape = list(tensor.shape)
+    if shape and pieces > 1:
+        shape[0] //= pieces
+    fits = len(shape) == len(spec.shape) and all(
+        size == want if isinstance(want, int) else want[1] <= size <= want[2]
+        for size, want in zip(shape, spec.shape, strict=True)
+    )
+    if not fits:
+        wanted = tuple(w if isinstance(w, int) else f"{w[0]}: {w[1]} to {w[2]}" for w in spec.shape)
+        first = spec.shape[0] if spec.shape else None
+        ragged = isinstance(first, int) and shape[1:] == list(spec.shape[1:])
+        raise CalibrationError(
+            f"the input {spec.name!r} has shape {tuple(tensor.shape)}, not ({', '.join(map(str, wanted))})",
+            where=place,
+            remedy="use batches of one size (drop_last=True in a DataLoader), or make the batch dynamic: dynamic_shapes"
+            if ragged
+            else _REMEDY_DATA,
+        )

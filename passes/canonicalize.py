@@ -1,0 +1,29 @@
+"""Give each meaning one form, so that later passes and the op table need to know only that form.
+
+The rules live next door, by subject; here is their order of preference at one node. Every rule
+keeps the exact meaning of the graph (sums may be added up in another order).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcompile import rewrite
+from qcompile.ir import Program, Property
+from qcompile.passes import rules_activation, rules_identity, rules_pool, rules_weighted
+from qcompile.passes.base import Context, Pass
+
+RULES = (*rules_identity.RULES, *rules_weighted.RULES, *rules_pool.RULES, *rules_activation.RULES)
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Float -> float."""
+
+    name: ClassVar[str] = "canonicalize"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.CANONICAL})
+
+    def run(self, program: Program, context: Context) -> bool:
+        return rewrite.apply(RULES, program, context)

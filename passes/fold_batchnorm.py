@@ -1,0 +1,143 @@
+"""Fold each batch norm into the convolution or linear before it, or turn it into a depthwise 1x1 one.
+
+    bn(y) = (y - mean) * g + beta,   g = gamma / sqrt(var + eps)
+    bn(conv(x, w) + b) = conv(x, w * g[c]) + (b - mean) * g + beta
+
+The algebra runs in float64. A batch norm that follows nothing foldable (in pre-activation networks it
+follows an add or a cat) becomes a depthwise 1x1 convolution with weight g and bias beta - mean * g:
+the same values, and a row of the op table takes it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompile import rewrite
+from qcompile.ir import Program, Property, add_constant, constant, is_constant, shape_of
+from qcompile.passes.base import Context, Pass
+from qcompile.rewrite import Rule, call
+from qcompile.sites import only_user
+
+aten = torch.ops.aten
+_NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
+_WEIGHTED = (aten.conv2d.default, aten.conv1d.default, aten.linear.default)
+
+
+@dataclass(frozen=True)
+class FoldBatchnorm(Pass):
+    """Float -> float."""
+
+    name: ClassVar[str] = "fold_batchnorm"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT, Property.CANONICAL})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.BATCHNORM_FOLDED})
+
+    def run(self, program: Program, context: Context) -> bool:
+        return rewrite.apply((FOLD, TO_DEPTHWISE), program, context)
+
+
+def _norm_of(node: fx.Node) -> fx.Node | None:
+    """The batch norm whose normalized value `node` is: its first result, or the node itself."""
+    if node.target is aten.batch_norm.default:
+        return node
+    owner = node.args[0] if node.target is operator.getitem and node.args[1] == 0 else None
+    return owner if isinstance(owner, fx.Node) and owner.target in _NORMS else None
+
+
+def _statistics(node: fx.Node) -> tuple[list[Any], float]:
+    """(weight, bias, mean, var) argument nodes and eps of a batch norm."""
+    eps = node.args[6] if node.target is _NORMS[0] else node.args[7]
+    return list(node.args[1:5]), float(eps)  # type: ignore[arg-type]
+
+
+def _affine(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """(g, beta - mean * g) of the batch norm, float64."""
+    (weight, bias, mean, var), eps = _statistics(norm)
+    mean, var = (constant(program.graph_module, n).to(torch.float64) for n in (mean, var))
+    g = torch.rsqrt(var + eps)
+    if weight is not None:
+        g = g * constant(program.graph_module, weight).to(torch.float64)
+    shift = -mean * g
+    return g, shift if bias is None else shift + constant(program.graph_module, bias).to(torch.float64)
+
+
+def _check_norm(node: fx.Node) -> str | None:
+    norm = _norm_of(node)
+    if norm is None:
+        return ""
+    statistics, _ = _statistics(norm)
+    if any(n is not None and not is_constant(n) for n in statistics) or None in statistics[2:]:
+        return "its statistics are computed at run time"
+    return None
+
+
+def _check_fold(program: Program, node: fx.Node) -> str | None:
+    objection = _check_norm(node)
+    if objection:
+        return objection
+    norm = _norm_of(node)
+    assert norm is not None
+    before: Any = norm.args[0]
+    if before.target not in _WEIGHTED:
+        return f"it follows {before.target if before.op == 'call_function' else 'an input'}, which has no weights"
+    if only_user(before) is not norm:
+        return f"{before.name} has other users, which need its value as it is"
+    weights = [before.args[1], *before.args[2:3]]
+    if any(n is not None and not is_constant(n) for n in weights):
+        return f"the weights of {before.name} are computed at run time"
+    if before.target is aten.linear.default and len(shape_of(before)) != 2:
+        return "it normalizes dimension 1, which is not the features of the linear"
+    return None
+
+
+def _fold(program: Program, node: fx.Node) -> fx.Node:
+    norm = _norm_of(node)
+    assert norm is not None
+    before: Any = norm.args[0]
+    g, shift = _affine(program, norm)
+    weight_node, bias_node = before.args[1], before.args[2] if len(before.args) > 2 else None
+    weight = constant(program.graph_module, weight_node).to(torch.float64)
+    weight = weight * g.reshape(-1, *[1] * (weight.dim() - 1))
+    if bias_node is not None:
+        shift = shift + constant(program.graph_module, bias_node).to(torch.float64) * g
+    new_weight = add_constant(program.graph_module, f"{weight_node.target}_folded", weight.to(torch.float32))
+    new_bias = add_constant(program.graph_module, f"{weight_node.target}_folded_bias", shift.to(torch.float32))
+    return call(program, before, before.target, before.args[0], new_weight, new_bias, *before.args[3:])
+
+
+def _check_depthwise(program: Program, node: fx.Node) -> str | None:
+    objection = _check_norm(node)
+    if objection:
+        return objection
+    norm = _norm_of(node)
+    assert norm is not None
+    rank = len(shape_of(norm.args[0]))  # type: ignore[arg-type]
+    return None if rank in (2, 3, 4) else f"its input has {rank} dimensions"
+
+
+def _to_depthwise(program: Program, node: fx.Node) -> fx.Node:
+    norm = _norm_of(node)
+    assert norm is not None
+    g, shift = _affine(program, norm)
+    x: Any = norm.args[0]
+    rank, channels = len(shape_of(x)), len(g)
+    spatial = 2 if rank == 4 else 1
+    weight = add_constant(
+        program.graph_module, f"{node.name}_scale", g.to(torch.float32).reshape(channels, 1, *[1] * spatial)
+    )
+    bias = add_constant(program.graph_module, f"{node.name}_shift", shift.to(torch.float32))
+    if rank == 2:
+        x = call(program, norm, aten.unsqueeze.default, x, 2)
+    conv = aten.conv2d.default if rank == 4 else aten.conv1d.default
+    geometry = ([1] * spatial, [0] * spatial, [1] * spatial, channels)
+    new = call(program, norm, conv, x, weight, bias, *geometry)
+    return call(program, norm, aten.squeeze.dim, new, 2) if rank == 2 else new
+
+
+_ANCHORS = (operator.getitem, aten.batch_norm.default)
+FOLD = Rule("fold_batchnorm", _ANCHORS, _check_fold, _fold)
+TO_DEPTHWISE = Rule("batchnorm_to_depthwise", _ANCHORS, _check_depthwise, _to_depthwise)

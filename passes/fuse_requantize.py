@@ -1,0 +1,213 @@
+"""Rebuild a qdq graph out of integer operators: requantize, relu and residual add fused into each.
+
+Before: dequantize -> aten op (-> add -> relu) -> quantize. After: one ``torch.ops.qcompile`` call,
+int8 in, int8 out. Where float code meets integer code there is an explicit quantize or dequantize.
+Here the ledger gets its rows: every operator of the graph, and what became of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor, fx, nn
+
+from qcompile import ops
+from qcompile.arith import QMAX, QMIN, inverse_scale
+from qcompile.ir import LedgerRow, Program, Property, QParams, add_constant, constant, copy_meta, where
+from qcompile.ops.row import Output, QValue, Site, Weight
+from qcompile.ops.unary import clamp_bounds
+from qcompile.passes.base import Context, Pass
+from qcompile.sites import STAYS_FLOAT, Group, computes_no_reals, is_computed, is_shape, read
+
+qd = torch.ops.quantized_decomposed
+_QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
+_WEIGHT = qd.dequantize_per_channel.default
+_MARKS = (_QUANTIZE, _DEQUANTIZE, _WEIGHT)
+COVERS = "covers"  # meta key of an integer node: the names of the ATen nodes that it computes
+
+
+@dataclass(frozen=True)
+class FuseRequantize(Pass):
+    """Qdq -> integer."""
+
+    name: ClassVar[str] = "fuse_requantize"
+    requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
+    establishes: ClassVar[frozenset[Property]] = frozenset({Property.INTEGER})
+
+    def run(self, program: Program, context: Context) -> bool:
+        weights = _lift_weights(program)
+        groups = [g for g in read(program.graph, _is_dequantize, _is_quantize) if _keeps_scale(g)]
+        program.ledger.rows = _ledger(program, groups)
+        builder = _Builder(program, groups, weights)
+        for node in program.graph.nodes:
+            builder.add(node)
+        builder.new.recompile()
+        program.graph_module = builder.new
+        return True
+
+
+def _is_quantize(node: fx.Node) -> bool:
+    return node.target is _QUANTIZE
+
+
+def _is_dequantize(node: fx.Node) -> bool:
+    return node.target is _DEQUANTIZE and _is_quantize(node.args[0])  # type: ignore[arg-type]
+
+
+def _params(node: fx.Node) -> QParams:
+    """The quantization that a quantize or dequantize node applies."""
+    scale, zero_point, qmin, qmax = node.args[1:5]
+    return QParams(scale, zero_point, qmin, qmax)  # type: ignore[arg-type]
+
+
+def _keeps_scale(group: Group) -> bool:
+    """An operator that only moves values can keep them int8 only at one and the same scale."""
+    (q,) = group.tail.users
+    if group.row.output is not Output.SHARED or _params(q) == _params(group.operands[0]):
+        return True
+    group.root.meta[STAYS_FLOAT] = "its output is quantized differently from its input"
+    return False
+
+
+def _lift_weights(program: Program) -> dict[fx.Node, Weight]:
+    """Put a constant in the place of each dequantized weight, as rows expect to find one.
+
+    The constant's node stands for real values of the weight; what it holds is the int8 tensor.
+    """
+    weights: dict[fx.Node, Weight] = {}
+    for node in list(program.graph.nodes):
+        if node.target is not _WEIGHT or node.args[3] != 0:
+            continue
+        q, scale = node.args[:2]
+        with program.graph.inserting_before(node):
+            stand_in = program.graph.get_attr(str(q.target))
+        stand_in.meta["val"] = node.meta["val"]
+        values = (constant(program.graph_module, n) for n in (q, scale))
+        weights[stand_in] = Weight(*values)
+        node.replace_all_uses_with(stand_in)
+        program.graph.erase_node(node)
+    return weights
+
+
+def _ledger(program: Program, groups: list[Group]) -> list[LedgerRow]:
+    member_of = {member: group for group in groups for member in group.members}
+    rows = []
+    for node in program.graph.nodes:
+        if not is_computed(node) or node.target in _MARKS:
+            continue
+        row, reason = ops.match(node)
+        kind, kernel = "float", ""
+        if node in member_of:
+            kernel = member_of[node].row.name
+            kind, reason = "shape" if is_shape(member_of[node].row) else "integer", ""
+        elif computes_no_reals(node) or is_shape(row):
+            kind, reason = "shape", ""
+        else:
+            reason = node.meta.get(STAYS_FLOAT) or reason or "its operands or its output are not quantized"
+        rows.append(LedgerRow(str(node.target), node.name, kind, kernel, reason, where(node)))
+    return rows
+
+
+class _Builder:
+    """Builds the integer graph node by node, in the order of the qdq graph."""
+
+    def __init__(self, program: Program, groups: list[Group], weights: dict[fx.Node, Weight]) -> None:
+        self.old = program.graph_module
+        self.new = fx.GraphModule(nn.Module(), fx.Graph())
+        self.groups = {g.tail: g for g in groups}
+        self.members = {n for g in groups for n in g.members}
+        self.weights = weights
+        self.real: dict[fx.Node, fx.Node] = {}  # old node -> new node that holds its float (or index) value
+        self.int8: dict[fx.Node, QValue] = {}  # old quantize node -> its int8 value
+
+    def add(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.real[node] = self.new.graph.node_copy(node)
+        elif node.op == "output":
+            self.new.graph.node_copy(node, self.value)
+        elif _is_quantize(node):
+            self.int8[node] = self.quantized(node)
+        elif node.op == "call_function" and node not in self.members and not _is_dequantize(node):
+            # The size of a tensor is that of its int8 value: no reason to dequantize it.
+            sized = node.target is torch.ops.aten.sym_size.int
+            self.real[node] = self.new.graph.node_copy(node, self.stored if sized else self.value)
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """The new node that holds the float value of `node`; made now if it is a constant or int8."""
+        if node not in self.real:
+            self.real[node] = self.dequantize(node) if _is_dequantize(node) else self.copy_constant(node)
+        return self.real[node]
+
+    def stored(self, node: fx.Node) -> fx.Node:
+        """The new node that holds `node` in any form: int8 if it has one."""
+        return self.int8[node.args[0]].node if _is_dequantize(node) else self.value(node)  # type: ignore[index]
+
+    def copy_constant(self, node: fx.Node) -> fx.Node:
+        value = constant(self.old, node)
+        if node in self.weights:  # float code reads a weight that was quantized: give it the real values
+            weight = self.weights[node]
+            value = weight.q.to(torch.float32) * weight.scale.reshape(-1, *[1] * (weight.q.dim() - 1))
+        return add_constant(self.new, str(node.target), value)
+
+    def dequantize(self, node: fx.Node) -> fx.Node:
+        q: Any = node.args[0]
+        source = self.int8[q]
+        args = (source.node, source.qparams.scale, source.qparams.zero_point)
+        new = self.new.graph.call_function(torch.ops.qcompile.dequantize.default, args)
+        # A graph from elsewhere may dequantize twice; one node serves all.
+        self.real.update({user: new for user in q.users if _is_dequantize(user)})
+        return copy_meta(new, node)
+
+    def quantized(self, node: fx.Node) -> QValue:
+        tensor: Any = node.args[0]
+        params = _params(node)
+        if tensor in self.groups:
+            return QValue(self.fuse(self.groups[tensor], params), params)
+        args = (self.value(tensor), inverse_scale(params.scale), params.zero_point)
+        new = self.new.graph.call_function(torch.ops.qcompile.quantize.default, args)
+        return QValue(copy_meta(new, tensor), params)
+
+    def fuse(self, group: Group, output: QParams) -> fx.Node:
+        lo, hi = _clamp(group, output)
+        root, row = group.root, group.row
+        weight = self.weights.get(root.args[row.weight_arg]) if row.weight_arg is not None else None  # type: ignore[arg-type]
+        bias: Any = root.args[row.bias_arg] if row.bias_arg is not None and len(root.args) > row.bias_arg else None
+        site = Site(
+            node=root,
+            inputs=tuple(self.int8[n.args[0]] for n in group.operands),  # type: ignore[index]
+            output=output,
+            lo=lo,
+            hi=hi,
+            weight=weight,
+            bias=constant(self.old, bias) if bias is not None else None,
+            residual=self.int8[group.residual.args[0]] if group.residual is not None else None,  # type: ignore[index]
+            constant=self.constant,
+        )
+        target, args, kwargs = row.fuse(site)
+        args, kwargs = fx.node.map_arg((args, kwargs), self.translate)
+        new = self.new.graph.create_node("call_function", target, args, kwargs, name=root.name)
+        new.meta[COVERS] = tuple(n.name for n in group.members)
+        return copy_meta(new, root)
+
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        return add_constant(self.new, name, value)
+
+    def translate(self, node: fx.Node) -> fx.Node:
+        """A node in an integer call: one of the new graph, or a size of the old one."""
+        return node if node.graph is self.new.graph else self.value(node)
+
+
+def _clamp(group: Group, output: QParams) -> tuple[int, int]:
+    """The clamp's real bounds in output units."""
+    low, high = (clamp_bounds(group.clamp) or (None, None)) if group.clamp is not None else (None, None)
+
+    def quantized(bound: float | None, default: int) -> int:
+        if bound is None:
+            return default
+        steps = round(max(-1e6, min(1e6, bound / output.scale)))
+        return max(QMIN, min(QMAX, steps + output.zero_point))
+
+    return quantized(low, QMIN), quantized(high, QMAX)

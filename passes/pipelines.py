@@ -1,0 +1,102 @@
+"""Pipelines as values: tuples of passes, edited by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from qcompile.config import QuantConfig
+from qcompile.errors import PipelineError
+from qcompile.passes.base import Pass
+from qcompile.passes.calibrate import Calibrate
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.fold_batchnorm import FoldBatchnorm
+from qcompile.passes.fuse_requantize import FuseRequantize
+from qcompile.passes.insert_observers import InsertObservers
+from qcompile.passes.quantize import Quantize
+
+ENTRY_POINTS = "qcompile.passes"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered tuple of passes. Every edit returns a new pipeline.
+
+    Raises:
+        PipelineError: two passes share a name, or an edit names a pass that is not there.
+    """
+
+    passes: tuple[Pass, ...]
+
+    def __post_init__(self) -> None:
+        repeated = [n for i, n in enumerate(self.names) if n in self.names[:i]]
+        if repeated:
+            raise PipelineError(
+                f"two passes are named {repeated[0]!r}", remedy="give each pass of a pipeline its own name"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.passes)
+
+    def before(self, name: str, step: Pass) -> Pipeline:
+        """`step` inserted in front of the pass called `name`."""
+        at = self._index(name)
+        return Pipeline((*self.passes[:at], step, *self.passes[at:]))
+
+    def after(self, name: str, step: Pass) -> Pipeline:
+        """`step` inserted behind the pass called `name`."""
+        at = self._index(name) + 1
+        return Pipeline((*self.passes[:at], step, *self.passes[at:]))
+
+    def replace(self, name: str, step: Pass) -> Pipeline:
+        """`step` in the place of the pass called `name`."""
+        at = self._index(name)
+        return Pipeline((*self.passes[:at], step, *self.passes[at + 1 :]))
+
+    def without(self, name: str) -> Pipeline:
+        """The pipeline without the pass called `name`."""
+        at = self._index(name)
+        return Pipeline((*self.passes[:at], *self.passes[at + 1 :]))
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            near = difflib.get_close_matches(name, self.names, n=2, cutoff=0.5)
+            raise PipelineError(
+                f"the pipeline has no pass {name!r}",
+                remedy=f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self.names)}",
+            )
+        return self.names.index(name)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def __str__(self) -> str:
+        return " -> ".join(str(p) for p in self.passes)
+
+
+def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
+    """Float to integer, with the passes that installed distributions add by entry point.
+
+    Args:
+        config: how to quantize; the passes read it from their context, so today's pipeline is the
+            same for every configuration.
+    """
+    pipeline = Pipeline(
+        (Canonicalize(), FoldBatchnorm(), InsertObservers(), Calibrate(), Quantize(), FuseRequantize())
+    )
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
+        made = entry.load()
+        step = made if isinstance(made, Pass) else made()
+        if not isinstance(step, Pass) or step.joins_after is None:
+            raise PipelineError(
+                f"entry point {entry.name!r} ({entry.value}) cannot join the pipeline",
+                remedy="let it name a Pass that sets `joins_after` to a pass of the default pipeline",
+            )
+        pipeline = pipeline.after(step.joins_after, step)
+    return pipeline

@@ -1,0 +1,232 @@
+"""capture(): a PyTorch model -> Program, through torch.export.
+
+torch.export gives functional ATen with parameters lifted to inputs; here they become constants
+(``get_attr``) of the graph, copied, so that the user's model is neither modified nor watched.
+Whatever cannot be compiled faithfully is refused: training-mode layers, control flow on data,
+mutated buffers, weights that are not finite or not float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from qcompile.errors import CalibrationError, CaptureError
+from qcompile.inputs import example_call, input_specs, is_empty, output_structure
+from qcompile.ir import Program, Property, Stage, finish, source, where
+from qcompile.trace import export_refused
+
+aten = torch.ops.aten
+
+_TRAINING_NORMS = (
+    aten._native_batch_norm_legit_functional.default,
+    aten._native_batch_norm_legit.default,
+    aten._batch_norm_with_update_functional.default,
+    aten.native_batch_norm.default,
+)
+# Checks that torch.export leaves in the graph; the compiled model checks its own inputs.
+_ASSERTIONS = (
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+)
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Capture `model` as a float Program.
+
+    Args:
+        model: an nn.Module (an fx.GraphModule is one) in eval mode, or an ExportedProgram.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. An
+            ExportedProgram brings its own.
+        dynamic_shapes: as torch.export takes it. An example of size 1 along a dynamic dimension is
+            repeated, because torch.export would take the 1 for a constant.
+
+    Raises:
+        CalibrationError: there are no example inputs.
+        CaptureError: the model cannot be captured; says why, where and what to do.
+    """
+    if isinstance(model, ExportedProgram):
+        if dynamic_shapes is not None:
+            raise CaptureError(
+                "an ExportedProgram already has its dynamic shapes", remedy="give dynamic_shapes to torch.export"
+            )
+        exported = model
+    elif isinstance(model, nn.Module):
+        if is_empty(example_inputs):
+            raise CalibrationError(
+                "no example inputs", remedy="pass example_inputs=(tensor, ...), or calibration data to take them from"
+            )
+        _check_eval(model)
+        args, kwargs = example_call(model, example_inputs, dynamic_shapes)
+        try:
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            raise export_refused(error) from error
+    else:
+        raise CaptureError(
+            f"the model is a {type(model).__name__}",
+            remedy="pass an nn.Module, an fx.GraphModule or a torch.export.ExportedProgram",
+        )
+    try:
+        exported = exported.run_decompositions({})
+    except Exception as error:
+        raise export_refused(error) from error
+    return _program(exported, dynamic_shapes)
+
+
+def _program(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
+    _check_signature(exported)
+    graph_module = _unlift(exported)
+    for node in graph_module.graph.nodes:
+        _check_node(node)
+    specs = input_specs(exported, graph_module, dynamic_shapes)
+    structure = output_structure(exported)
+    program = Program(graph_module, Stage.FLOAT, specs, structure, {Property.FLOAT})
+    finish(program)
+    if not program.outputs():
+        raise CaptureError("the model returns nothing", remedy="return a tensor, or a tuple or dict of tensors")
+    return program
+
+
+def _check_eval(model: nn.Module) -> None:
+    """Refuse batch norm and dropout in training mode."""
+    for path, module in model.named_modules():
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        normalizes = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
+        if module.training and (drops or (normalizes and module.track_running_stats)):
+            raise CaptureError(
+                f"{type(module).__name__} is in training mode",
+                where=path or type(model).__name__,
+                remedy="call model.eval() before compiling",
+            )
+
+
+def _check_signature(exported: ExportedProgram) -> None:
+    """Refuse what a pure function of the inputs cannot express."""
+    kinds = {
+        OutputKind.BUFFER_MUTATION: "the model changes its buffer",
+        OutputKind.PARAMETER_MUTATION: "the model changes its parameter",
+        OutputKind.USER_INPUT_MUTATION: "the model changes its input",
+    }
+    for node in exported.graph.nodes:  # named first: a training-mode batch norm also changes buffers
+        _check_node(node)
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind in kinds:
+            made = next((n for n in exported.graph.nodes if n.name == spec.arg.name), None)
+            raise CaptureError(
+                f"{kinds[spec.kind]} {spec.target!r} when it runs",
+                where=where(made) if made is not None else None,
+                source=source(made) if made is not None else None,
+                remedy="call model.eval(); state that changes from call to call must be an input and an output",
+            )
+
+
+def _check_node(node: fx.Node) -> None:
+    """Refuse training-mode operators, control flow on data, and operators that torch alone can run."""
+    if node.op != "call_function":
+        return
+    here = {"where": where(node) or "the model's own forward", "source": source(node)}
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise CaptureError(
+            f"control flow on data: torch.ops.higher_order.{node.target.name()}",
+            remedy="compute both branches and choose with torch.where, or unroll the loop",
+            **here,
+        )
+    trains = node.target in _TRAINING_NORMS
+    if node.target is aten.batch_norm.default:
+        trains = bool(node.args[5])
+    if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+        trains = bool(node.args[2]) and node.args[1] != 0
+    if node.target is aten.native_dropout.default:
+        trains = node.args[2] is not False and node.args[1] != 0
+    if trains:
+        kind = "dropout" if "dropout" in str(node.target) else "batch norm"
+        raise CaptureError(f"{kind} in training mode", remedy="call model.eval() before exporting or compiling", **here)
+
+
+def _unlift(exported: ExportedProgram) -> fx.GraphModule:
+    """The exported graph with its lifted parameters, buffers and constants as get_attr again."""
+    graph_module = fx.GraphModule(nn.Module(), fx.Graph())
+    graph, env = graph_module.graph, dict[fx.Node, fx.Node]()
+    by_name = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    # Inputs first: they carry the fake mode that the constants' shapes are made in.
+    lifted = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    for node in sorted(lifted, key=lambda n: by_name[n.name].kind is not InputKind.USER_INPUT):
+        spec = by_name[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(node.meta.get("val"), Tensor):
+                env[node] = graph.node_copy(node)
+            elif node.users:
+                raise CaptureError(
+                    f"the input {node.name!r} is not a tensor", remedy="pass it as a tensor, or fix its value in the model"
+                )
+            continue
+        env[node] = _constant_node(graph_module, node, _constant_value(exported, spec), str(spec.target))
+    for node in exported.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(exported.graph_module, str(node.target))
+            if not isinstance(value, Tensor):
+                continue  # the branches of a higher-order operator, which _check_signature has refused
+            env[node] = _constant_node(graph_module, node, value, str(node.target))
+        elif node.op == "call_function" and node.target not in _ASSERTIONS:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        elif node.op == "output":
+            flat = [v for v in node.args[0] if v is not None]
+            if not all(isinstance(v, fx.Node) and isinstance(v.meta.get("val"), Tensor) for v in flat):
+                raise CaptureError("the model returns a number", remedy="return tensors only")
+            graph.output(tuple(env[v] for v in flat))
+    graph_module.recompile()
+    return graph_module
+
+
+def _constant_node(graph_module: fx.GraphModule, node: fx.Node, value: Tensor, path: str) -> fx.Node:
+    name = path.replace(".", "_")
+    while hasattr(graph_module, name):
+        name += "_"
+    _check_constant(value, path)
+    # A copy: the program must not follow the model if it is trained on.
+    graph_module.register_buffer(name, value.detach().to("cpu", copy=True).contiguous())
+    new = graph_module.graph.get_attr(name)
+    new.meta = dict(node.meta)
+    return new
+
+
+def _constant_value(exported: ExportedProgram, spec: Any) -> Tensor:
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in exported.state_dict:
+        return exported.state_dict[spec.target]
+    value = exported.constants.get(spec.target)
+    if not isinstance(value, Tensor):
+        raise CaptureError(
+            f"the model uses {spec.target!r}, a {type(value).__name__}", remedy="compute with tensors only"
+        )
+    return value
+
+
+def _check_constant(value: Tensor, path: str) -> None:
+    module, _, leaf = path.rpartition(".")
+    if not value.is_floating_point():
+        if value.is_complex():
+            raise CaptureError(f"the weight {leaf!r} is complex", where=module, remedy="use real tensors")
+        return
+    if value.dtype is not torch.float32:
+        raise CaptureError(
+            f"the weight {leaf!r} is {value.dtype}", where=module, remedy="call model.float() before compiling"
+        )
+    # -inf is what attention masks are made of; a parameter is never a mask.
+    if torch.isnan(value).any() or (isinstance(value, nn.Parameter) and torch.isinf(value).any()):
+        raise CaptureError(
+            f"the weight {leaf!r} holds NaN or infinity",
+            where=module or "the model",
+            remedy="load a checkpoint that is finite; the model itself cannot be right",
+        )

@@ -1,0 +1,159 @@
+"""How a model's inputs and outputs nest: flattening them to the graph's order, and describing both.
+
+A batch is a tensor (one input), a tuple or list (positional inputs) or a dict (keyword inputs).
+Nested containers flatten as torch.export flattens them. A batch may hold more than the model takes
+(a DataLoader's labels): surplus positional values, and keys that are no input, are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from qcompile.errors import CaptureError
+from qcompile.ir import InputSpec
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+UNBOUNDED = 2**31 - 1  # the largest size of a dynamic dimension that has no bound of its own
+
+
+def is_empty(inputs: Any) -> bool:
+    """Whether there is no input in `inputs` at all."""
+    return inputs is None or (isinstance(inputs, (tuple, list, Mapping)) and len(inputs) == 0)
+
+
+def example_call(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of an example call of `model`."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if isinstance(inputs, Mapping):
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters}
+        args: tuple[Any, ...] = ()
+        kwargs = {k: v for k, v in inputs.items() if takes_any or k in names}
+    else:
+        args, kwargs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+        if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            args = args[: sum(p.kind in _POSITIONAL for p in parameters)]
+    names_in_order = [p.name for p in parameters if p.kind in _POSITIONAL][: len(args)]
+    specs = _specs_by_name(dynamic_shapes, names_in_order)
+    grown = {name: _grow(value, specs.get(name)) for name, value in zip(names_in_order, args, strict=False)}
+    return (
+        (*grown.values(), *args[len(grown) :]),
+        {name: _grow(value, specs.get(name)) for name, value in kwargs.items()},
+    )
+
+
+def _specs_by_name(dynamic_shapes: Any, names: list[str]) -> dict[str, Any]:
+    if isinstance(dynamic_shapes, Mapping):
+        return dict(dynamic_shapes)
+    if isinstance(dynamic_shapes, (tuple, list)):
+        return dict(zip(names, dynamic_shapes, strict=False))
+    return {}
+
+
+def _axes(spec: Any) -> dict[int, Any]:
+    """axis -> Dim of one tensor's dynamic shape."""
+    if isinstance(spec, Mapping):
+        return {axis: dim for axis, dim in spec.items() if isinstance(axis, int) and dim is not None}
+    if isinstance(spec, (tuple, list)):
+        return {axis: dim for axis, dim in enumerate(spec) if dim is not None and not isinstance(dim, int)}
+    return {}
+
+
+def _grow(value: Any, spec: Any) -> Any:
+    """Repeat an example of size 1 along its dynamic dimensions: torch.export would take 1 for a constant."""
+    if not isinstance(value, Tensor):
+        return value
+    repeats = [2 if axis in _axes(spec) and size == 1 else 1 for axis, size in enumerate(value.shape)]
+    return value.repeat(repeats) if 2 in repeats else value
+
+
+def input_specs(exported: ExportedProgram, graph_module: fx.GraphModule, dynamic_shapes: Any) -> tuple[InputSpec, ...]:
+    """One spec per placeholder. A dynamic dimension has the name of the user's Dim, where it has one."""
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    user = _specs_by_name(dynamic_shapes, [n.name for n in placeholders])
+    names: dict[str, str] = {}
+    for node in placeholders:
+        for axis, dim in _axes(user.get(node.name)).items():
+            size = node.meta["val"].shape[axis]
+            if isinstance(size, torch.SymInt):
+                names.setdefault(str(size), getattr(dim, "__name__", str(size)))
+    return tuple(_spec(exported, node, names) for node in placeholders)
+
+
+def _spec(exported: ExportedProgram, node: fx.Node, names: dict[str, str]) -> InputSpec:
+    value: Tensor = node.meta["val"]
+    if value.is_floating_point() and value.dtype is not torch.float32:
+        raise CaptureError(f"the input {node.name!r} is {value.dtype}", remedy="pass float32 example inputs")
+    shape: list[int | tuple[str, int, int]] = []
+    for size in value.shape:
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        symbol = size.node.expr
+        if not symbol.is_symbol:
+            raise CaptureError(
+                f"a dimension of the input {node.name!r} is {symbol}",
+                remedy="give each dynamic dimension a Dim of its own, or the same Dim where sizes are equal",
+            )
+        bounds = exported.range_constraints[symbol]
+        high = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite else UNBOUNDED
+        shape.append((names.get(str(size), str(size)), int(bounds.lower), min(high, UNBOUNDED)))
+    return InputSpec(node.name, tuple(shape), str(value.dtype).removeprefix("torch."))
+
+
+def output_structure(exported: ExportedProgram) -> Any:
+    """How the flat outputs nest: see `Program.output_structure`. None stands for an output that is None."""
+    out_spec: Any = exported.module_call_graph[0].signature.out_spec  # type: ignore[union-attr]
+    (output,) = (n for n in exported.graph.nodes if n.op == "output")
+    count = iter(range(len(output.args[0])))
+    flat = [None if value is None else _Leaf(next(count)) for value in output.args[0]]
+    return _structure(pytree.tree_unflatten(flat, out_spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    index: int
+
+
+def _structure(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, _Leaf):
+        return value.index
+    if isinstance(value, Mapping):
+        return {"dict": {str(k): _structure(v) for k, v in value.items() if v is not None}}
+    if hasattr(value, "_asdict"):
+        return {"dict": {k: _structure(v) for k, v in value._asdict().items()}}
+    if dataclasses.is_dataclass(value):
+        return {"dict": {f.name: _structure(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+    kind = "list" if isinstance(value, list) else "tuple"
+    return {kind: [_structure(v) for v in value]}
+
+
+def flatten(batch: Any, names: list[str]) -> list[Any] | None:
+    """The values of `batch` in the order of the inputs `names`; None when there are too few."""
+    if isinstance(batch, Mapping) and all(name in batch for name in names):
+        return [batch[name] for name in names]
+    if isinstance(batch, Mapping):
+        batch = {k: v for k, v in batch.items() if any(n == k or n.startswith(f"{k}_") for n in names)}
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if leaf is not None]
+    return leaves[: len(names)] if len(leaves) >= len(names) else None
+
+
+def unflatten(structure: Any, flat: Any) -> Any:
+    """The flat outputs nested as `Program.output_structure` says."""
+    if structure is None or isinstance(structure, int):
+        return None if structure is None else flat[structure]
+    ((kind, inner),) = structure.items()
+    if kind == "dict":
+        return {name: unflatten(value, flat) for name, value in inner.items()}
+    values = [unflatten(value, flat) for value in inner]
+    return values if kind == "list" else tuple(values)

@@ -1,0 +1,104 @@
+"""What is legal at each stage, as data, and the verifier that the manager runs after every pass."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile import ops
+from qcompile.ir import Program, Stage, is_constant
+from qcompile.observers import Observer
+
+
+@dataclass(frozen=True)
+class Legal:
+    """What the nodes of one stage may be.
+
+    Attributes:
+        namespaces: operator libraries that only some stages have; every other one (aten, a user's
+            own) is legal everywhere.
+        observers: whether observer modules are.
+    """
+
+    namespaces: frozenset[str]
+    observers: bool = False
+
+
+LEGAL = {
+    Stage.FLOAT: Legal(frozenset()),
+    Stage.OBSERVED: Legal(frozenset(), observers=True),
+    Stage.QDQ: Legal(frozenset({"quantized_decomposed"})),
+    Stage.INTEGER: Legal(frozenset({"qcompile"})),
+}
+_STAGED = frozenset().union(*(legal.namespaces for legal in LEGAL.values()))
+
+Interface = tuple[tuple[torch.dtype, int], ...]
+
+
+class IllegalGraph(Exception):
+    """A node is not legal; the manager turns it into a PassError that names the pass."""
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+
+def interface(program: Program) -> Interface:
+    """Type and rank of each output: what no pass may change."""
+    values = [n.meta["val"] for n in program.outputs()]
+    return tuple((v.dtype, v.dim()) for v in values if isinstance(v, Tensor))
+
+
+def verify(program: Program) -> None:
+    """Check every node against the program's stage.
+
+    Raises:
+        IllegalGraph: with the first node that is not legal, and why.
+    """
+    legal = LEGAL[program.stage]
+    if len(program.placeholders()) != len(program.inputs):
+        raise IllegalGraph(f"the graph has {len(program.placeholders())} inputs, not {len(program.inputs)}")
+    for node in program.graph.nodes:
+        reason = _objection(program, node, legal)
+        if reason:
+            raise IllegalGraph(f"{reason} (stage {program.stage.value})", node)
+
+
+def _objection(program: Program, node: fx.Node, legal: Legal) -> str | None:
+    if node.op in ("placeholder", "output"):
+        return None
+    if node.op == "get_attr":
+        value = getattr(program.graph_module, str(node.target), None)
+        return None if isinstance(value, Tensor) else f"the constant {node.target} is not a tensor of the graph module"
+    if node.op == "call_module":
+        module = program.graph_module.get_submodule(str(node.target))
+        return None if legal.observers and isinstance(module, Observer) else f"a call of module {node.target}"
+    if node.op != "call_function":
+        return f"a {node.op} node"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None if _is_scalar_code(node) else f"{node.target} is not an ATen operator"
+    if node.target.namespace in _STAGED - legal.namespaces:
+        return f"{node.target} belongs to another stage"
+    if program.stage is Stage.INTEGER and node.target.namespace != "qcompile":
+        return _mixes_int8(node)
+    return None
+
+
+def _is_scalar_code(node: fx.Node) -> bool:
+    """`getitem`, and arithmetic on sizes: functions of Python's operator, math and builtins, or torch.sym_*."""
+    module = getattr(node.target, "__module__", "")
+    named_sym = str(getattr(node.target, "__name__", "")).startswith("sym_")
+    return node.target is operator.getitem or module in ("_operator", "math", "builtins") or named_sym
+
+
+def _mixes_int8(node: fx.Node) -> str | None:
+    """Only a shape operator may take int8 tensors as ATen: it moves values and computes none."""
+    takes: Any = [n for n in node.all_input_nodes if not is_constant(n) and isinstance(n.meta.get("val"), Tensor)]
+    if not any(n.meta["val"].dtype is torch.int8 for n in takes) or node.target is torch.ops.aten.sym_size.int:
+        return None
+    row = ops.find(node)
+    return None if row is not None and row.schema is None else f"{node.target} computes on int8 values as if they were real"
