@@ -1,0 +1,259 @@
+"""The artifact: everything a device needs to run a compiled model, in one `.qcm` file.
+
+    manifest.json               what the model takes and returns, what it was built with and for, the ledger
+    targets/<name>/library.so   machine code, one per target
+    targets/<name>/constants.safetensors   packed weights, mapped where they lie
+    golden.safetensors          a few inputs with the outputs they must give
+
+An `Artifact` is a plain value: the compiler makes one in memory, `save` writes it, `load` reads it.
+See `qcompile.container` for the file, its checks and what they do and do not protect against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile import container, tensors
+from qcompile.errors import ArtifactError
+
+Dimension = int | tuple[str, int, int]
+"""A number, or (symbol, smallest, largest)."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of the model.
+
+    Attributes:
+        name: as the model names it.
+        shape: a dimension is a number, or (symbol, smallest, largest); equal symbols are equal numbers.
+        dtype: as NumPy names it.
+        scale, zero_point: how the model quantizes it inside, where it does: real = scale * (q - zero_point).
+    """
+
+    name: str
+    shape: tuple[Dimension, ...]
+    dtype: str
+    scale: float | None = None
+    zero_point: int | None = None
+
+    @property
+    def text(self) -> str:
+        """For people: "float32 (batch 1..8, 3, 224, 224)"."""
+        sizes = [str(d) if isinstance(d, int) else f"{d[0]} {d[1]}..{d[2]}" for d in self.shape]
+        return f"{self.dtype} ({', '.join(sizes)})"
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """What became of one operator of the model.
+
+    Attributes:
+        op: the operator as PyTorch names it.
+        node: its name in the graph.
+        kind: "integer", "float" or "shape".
+        kernel: what computes it.
+        reason: why it stayed float; "" otherwise.
+        where: the module path in the user's model.
+    """
+
+    op: str
+    node: str
+    kind: str
+    kernel: str
+    reason: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """What one pass of the compiler did to the graph."""
+
+    name: str
+    changed: bool
+    nodes_before: int
+    nodes_after: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The machine code for one target.
+
+    Attributes:
+        name: the target, as the user wrote it.
+        machine: "x86_64" or "aarch64".
+        features: the processor features it needs (see `qcompile.device`).
+        rank: of several that a device can run, the highest is best.
+        library: a shared object: a Relax virtual-machine executable with the function "main".
+        constants: the tensors that "main" takes after the inputs, as one tuple, in order; may be empty.
+    """
+
+    name: str
+    machine: str
+    features: tuple[str, ...]
+    rank: int
+    library: container.Buffer = field(repr=False)
+    constants: Mapping[str, np.ndarray] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case of the self-test: flat inputs, and the flat outputs that they must give."""
+
+    inputs: tuple[np.ndarray, ...]
+    outputs: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model.
+
+    Attributes:
+        inputs, outputs: flat, in call order.
+        output_structure: how the flat outputs nest: an index, {"tuple": [...]}, {"list": [...]} or
+            {"dict": {name: ...}}.
+        variants: one per target.
+        coverage: the ledger.
+        passes: what each pass did.
+        toolchain: package name -> version, of what built it.
+        golden: the self-test.
+        tolerance: 0 where every operator is integer: outputs must match bit for bit. Where some stayed
+            float, the largest |difference| allowed, as a part of the output's largest magnitude.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    output_structure: Any
+    variants: tuple[Variant, ...]
+    coverage: tuple[CoverageRow, ...] = ()
+    passes: tuple[PassRow, ...] = ()
+    toolchain: Mapping[str, str] = field(default_factory=dict)
+    golden: tuple[Golden, ...] = ()
+    tolerance: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether every run, on every machine, gives the same bits."""
+        return self.tolerance == 0.0
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each member, by its name in the file."""
+        return {name: len(data) for name, data in self._members().items()}
+
+    def to_bytes(self) -> memoryview:
+        """The bytes of the file; equal artifacts give equal bytes."""
+        return container.encode(self._manifest(), self._members())
+
+    def save(self, path: str | Path) -> None:
+        """Write the `.qcm` file. An interrupted save leaves the old file, or none.
+
+        Raises:
+            ArtifactError: the folder does not exist or cannot be written.
+        """
+        try:
+            container.write_atomically(Path(path), self.to_bytes())
+        except OSError as error:
+            raise ArtifactError(
+                f"the artifact cannot be saved: {error.strerror}",
+                where=str(path),
+                remedy="check that the folder exists, may be written and has room",
+            ) from error
+
+    @staticmethod
+    def load(path: str | Path) -> Artifact:
+        """Read a `.qcm` file: its bytes are mapped, and all of them are checked. Loads no code.
+
+        Raises:
+            ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
+        """
+        return Artifact.from_bytes(container.map_file(Path(path)), where=str(path))
+
+    @staticmethod
+    def from_bytes(data: container.Buffer, *, where: str = "bytes") -> Artifact:
+        """The inverse of `to_bytes`; constants stay views into `data`. Raises ArtifactError as `load` does."""
+        manifest, members = container.decode(memoryview(data), where)
+        try:
+            return _artifact(manifest, members)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"the artifact's manifest is not as the format says: {error!r}",
+                where=where,
+                remedy="it was not written by qcompile; save it again",
+            ) from error
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "format": container.FORMAT,
+            "inputs": [asdict(spec) for spec in self.inputs],
+            "outputs": [asdict(spec) for spec in self.outputs],
+            "output_structure": self.output_structure,
+            "targets": [
+                {"name": v.name, "machine": v.machine, "features": list(v.features), "rank": v.rank}
+                for v in self.variants
+            ],
+            "toolchain": dict(self.toolchain),
+            "exact": self.exact,
+            "tolerance": self.tolerance,
+            "ledger": [asdict(row) for row in self.coverage],
+            "passes": [asdict(row) for row in self.passes],
+        }
+
+    def _members(self) -> dict[str, container.Buffer]:
+        members: dict[str, container.Buffer] = {}
+        for variant in self.variants:
+            members[f"targets/{variant.name}/library.so"] = variant.library
+            members[f"targets/{variant.name}/constants.safetensors"] = tensors.encode(variant.constants)
+        arrays = {
+            f"{case}.{side}.{index}": array
+            for case, golden in enumerate(self.golden)
+            for side, flat in (("input", golden.inputs), ("output", golden.outputs))
+            for index, array in enumerate(flat)
+        }
+        members["golden.safetensors"] = tensors.encode(arrays)
+        return members
+
+
+def _artifact(manifest: dict[str, Any], members: dict[str, memoryview]) -> Artifact:
+    inputs = tuple(_spec(entry) for entry in manifest["inputs"])
+    outputs = tuple(_spec(entry) for entry in manifest["outputs"])
+    variants = tuple(
+        Variant(
+            name=entry["name"],
+            machine=entry["machine"],
+            features=tuple(entry["features"]),
+            rank=entry["rank"],
+            library=members[f"targets/{entry['name']}/library.so"],
+            constants=tensors.decode(members[f"targets/{entry['name']}/constants.safetensors"]),
+        )
+        for entry in manifest["targets"]
+    )
+    arrays = tensors.decode(members["golden.safetensors"])
+    cases = 1 + max((int(name.partition(".")[0]) for name in arrays), default=-1)
+    golden = tuple(
+        Golden(
+            tuple(arrays[f"{case}.input.{i}"] for i in range(len(inputs))),
+            tuple(arrays[f"{case}.output.{i}"] for i in range(len(outputs))),
+        )
+        for case in range(cases)
+    )
+    return Artifact(
+        inputs=inputs,
+        outputs=outputs,
+        output_structure=manifest["output_structure"],
+        variants=variants,
+        coverage=tuple(CoverageRow(**row) for row in manifest["ledger"]),
+        passes=tuple(PassRow(**row) for row in manifest["passes"]),
+        toolchain=manifest["toolchain"],
+        golden=golden,
+        tolerance=manifest["tolerance"],
+    )
+
+
+def _spec(entry: dict[str, Any]) -> TensorSpec:
+    shape = tuple(d if isinstance(d, int) else (str(d[0]), int(d[1]), int(d[2])) for d in entry["shape"])
+    return TensorSpec(**{**entry, "shape": shape})

@@ -1,0 +1,64 @@
+"""Which processor this is, and what it can do: read before any foreign code is loaded.
+
+On x86-64 Linux the flags of /proc/cpuinfo name what the processor has and the system enabled
+(avx512_vnni is written avx512vnni here, and so on). On AArch64 the kernel hands every process its
+capabilities in the auxiliary vector, AT_HWCAP and AT_HWCAP2 ("ARM64 ELF hwcaps" in the Linux kernel's
+documentation); that is right under an emulator too, where /proc/cpuinfo shows the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+# Bit numbers of arch/arm64/include/uapi/asm/hwcap.h.
+_HWCAP = {"fp": 0, "asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20, "sve": 22}
+_HWCAP2 = {"sve2": 1, "i8mm": 13, "bf16": 14}
+
+
+def _x86_features(cpuinfo: str) -> frozenset[str]:
+    flags = next((line.partition(":")[2] for line in cpuinfo.splitlines() if line.startswith("flags")), "")
+    return frozenset(flag.replace("_", "") for flag in flags.split())
+
+
+def _arm_features(hwcap: int, hwcap2: int) -> frozenset[str]:
+    found = [name for name, bit in _HWCAP.items() if hwcap >> bit & 1]
+    return frozenset(found + [name for name, bit in _HWCAP2.items() if hwcap2 >> bit & 1])
+
+
+@cache
+def machine() -> tuple[str, frozenset[str]]:
+    """The architecture ("x86_64", "aarch64", ...) and the names of the features it has.
+
+    An architecture or system that is neither has no known features: an artifact for it cannot exist.
+    """
+    name = platform.machine().lower()
+    name = {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+    if platform.system() != "Linux":
+        return name, frozenset()
+    if name == "x86_64":
+        return name, _x86_features(Path("/proc/cpuinfo").read_text())
+    if name == "aarch64":
+        getauxval = ctypes.CDLL(None).getauxval
+        getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        return name, _arm_features(getauxval(_AT_HWCAP), getauxval(_AT_HWCAP2))
+    return name, frozenset()
+
+
+def lacks(wanted_machine: str, features: Iterable[str]) -> str:
+    """What this machine lacks to run code for `wanted_machine` with `features`; "" when nothing."""
+    name, found = machine()
+    if name != wanted_machine:
+        return f"is {name}, not {wanted_machine}"
+    missing = [feature for feature in features if feature not in found]
+    return f"lacks {', '.join(missing)}" if missing else ""
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,247 @@
+"""Run an artifact: no PyTorch, no compiler. NumPy, tvm_ffi and a 3 MB library are all it loads.
+
+model = qcompile.load("model.qcm")
+y = model(x)                       # NumPy in, NumPy out; torch tensors in, torch tensors out
+
+python -m qcompile.runtime model.qcm     # self-test, and how long a call takes
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
+from qcompile.checks import InputChecker
+from qcompile.device import lacks, machine
+from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
+from qcompile.executable import Executable, set_threads
+
+
+@dataclass(frozen=True)
+class Selftest:
+    """What replaying the golden vectors gave.
+
+    Attributes:
+        cases: how many were replayed.
+        elements: output elements compared.
+        wrong: elements that differ (in any bit; or by more than the tolerance, where floats remain).
+    """
+
+    cases: int
+    elements: int
+    wrong: int
+
+    @property
+    def passed(self) -> bool:
+        return self.cases > 0 and self.wrong == 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a call takes, in seconds: `calls` of them, after a warm-up."""
+
+    calls: int
+    median: float
+    fastest: float
+    slowest: float
+
+
+class Model:
+    """A compiled model, ready to run.
+
+    Thread-safe: calls from several threads run one after the other (each uses all its cores; for
+    several at a time, load the artifact several times).
+    """
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        """Load the best machine code that this device can run.
+
+        Args:
+            artifact: from `Artifact.load` or the compiler.
+            threads: how many to use for a call; None: all cores (or TVM_NUM_THREADS, where set).
+
+        Raises:
+            DeviceError: no variant fits this machine; it is checked before any code is loaded.
+            ConfigError: `threads` is not a positive number, or more than there are.
+        """
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}", where="threads", remedy="give 1 or more, or None for all cores")
+        self.artifact, self._threads = artifact, threads
+        self._variant = best_variant(artifact)
+        set_threads(threads)
+        self._run = Executable(self._variant.library, self._variant.constants.values())
+        self._check = InputChecker(artifact.inputs)
+        self._lock = threading.Lock()
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The flat inputs, in call order."""
+        return self.artifact.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The flat outputs."""
+        return self.artifact.outputs
+
+    @property
+    def coverage(self) -> tuple[CoverageRow, ...]:
+        """The ledger: what became of every operator of the model."""
+        return self.artifact.coverage
+
+    @property
+    def target(self) -> str:
+        """The target whose machine code was loaded."""
+        return self._variant.name
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the model: NumPy arrays in and out, or torch tensors in and out.
+
+        Outputs nest as the model's own do, and are the caller's to keep and to change.
+
+        Raises:
+            InputError: count, shape or dtype do not fit. (Values may be anything, NaN included.)
+        """
+        torch = sys.modules.get("torch")
+        from_torch = torch is not None and any(isinstance(x, torch.Tensor) for x in inputs)
+        arrays = _from_torch(torch, inputs) if from_torch else inputs
+        flat = self._call(self._check(arrays))
+        results = [torch.from_numpy(array) for array in flat] if torch is not None and from_torch else flat
+        return _nest(self.artifact.output_structure, results)
+
+    def _call(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Checked flat inputs -> flat outputs."""
+        with self._lock:
+            set_threads(self._threads)
+            return self._run(arrays)
+
+    def selftest(self) -> Selftest:
+        """Replay the golden vectors: every bit must match (within the tolerance, where floats remain)."""
+        elements = wrong = 0
+        for case in self.artifact.golden:
+            for got, want in zip(self._call(case.inputs), case.outputs, strict=True):
+                elements += want.size
+                wrong += _differences(got, want, self.artifact.tolerance)
+        return Selftest(len(self.artifact.golden), elements, wrong)
+
+    def benchmark(self, *inputs: Any, seconds: float = 1.0) -> Timing:
+        """Time calls for about `seconds`, on `inputs` or else on the first golden vector."""
+        if not inputs and self.artifact.golden:
+            inputs = self.artifact.golden[0].inputs
+        for _ in range(3):
+            self(*inputs)
+        times: list[float] = []
+        stop = time.perf_counter() + seconds
+        while not times or time.perf_counter() < stop:
+            start = time.perf_counter()
+            self(*inputs)
+            times.append(time.perf_counter() - start)
+        return Timing(len(times), float(np.median(times)), min(times), max(times))
+
+    def save(self, path: str | Path) -> None:
+        """Write the artifact; see `Artifact.save`."""
+        self.artifact.save(path)
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Model:
+    """Load a `.qcm` file: checks its hashes, then this machine's features, then loads its code.
+
+    The file holds a program, so load only what you would run: the hashes protect against damage,
+    not against forgery.
+
+    Raises:
+        ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
+        DeviceError: built for a processor that this one is not.
+    """
+    return Model(Artifact.load(path), threads=threads)
+
+
+def best_variant(artifact: Artifact) -> Variant:
+    """The highest-ranked variant that this machine can run; loads nothing.
+
+    Raises:
+        DeviceError: there is none; says what each of them needs.
+    """
+    reasons = {variant.name: lacks(variant.machine, variant.features) for variant in artifact.variants}
+    runnable = [variant for variant in artifact.variants if not reasons[variant.name]]
+    if not runnable:
+        built = "; ".join(f"for {name} this machine {reason}" for name, reason in reasons.items())
+        raise DeviceError(
+            f"the artifact holds no machine code that this {machine()[0]} machine can run",
+            where=built or "the artifact has no targets",
+            remedy="compile the model for a target that this machine has (`qcompile targets` lists them)",
+        )
+    return max(runnable, key=lambda variant: variant.rank)
+
+
+def _from_torch(torch: Any, inputs: Sequence[Any]) -> list[Any]:
+    if not all(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in inputs):
+        raise InputError(
+            "torch inputs must all be tensors on the CPU", remedy="call .cpu() on each, or give NumPy arrays"
+        )
+    return [x.detach().numpy() for x in inputs]
+
+
+def _nest(structure: Any, flat: Sequence[Any]) -> Any:
+    """Flat outputs as the model's own structure."""
+    if isinstance(structure, int):
+        return flat[structure]
+    ((kind, inner),) = structure.items()
+    if kind == "dict":
+        return {name: _nest(value, flat) for name, value in inner.items()}
+    nested = [_nest(value, flat) for value in inner]
+    return nested if kind == "list" else tuple(nested)
+
+
+def _differences(got: np.ndarray, want: np.ndarray, tolerance: float) -> int:
+    """How many elements differ: in any bit when `tolerance` is 0."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return int(want.size) or 1
+    if tolerance == 0.0:
+        raw = np.uint8, (*want.shape, want.dtype.itemsize)
+        a, b = (np.ascontiguousarray(x).view(raw[0]).reshape(raw[1]) for x in (got, want))
+        return int(np.count_nonzero((a != b).any(axis=-1)))
+    limit = tolerance * float(np.nanmax(np.abs(want), initial=0.0))
+    close = (np.abs(got - want) <= limit) | (np.isnan(got) & np.isnan(want)) | (got == want)
+    return int(want.size - np.count_nonzero(close))
+
+
+def report(model: Model) -> tuple[bool, str]:
+    """Self-test and latency of `model`; returns (passed, a plain table)."""
+    result = model.selftest()
+    timing = model.benchmark() if result.cases else None
+    verdict = "passed" if result.passed else "FAILED" if result.cases else "FAILED: the artifact has no golden vectors"
+    rows = [("target", model.target)]
+    rows += [("input", f"{spec.name}: {spec.text}") for spec in model.inputs]
+    rows += [("output", f"{spec.name}: {spec.text}") for spec in model.outputs]
+    rows += [("selftest", f"{verdict}: {result.wrong} of {result.elements} elements wrong in {result.cases} cases")]
+    if timing:
+        rows += [
+            ("latency", f"{timing.median * 1e3:.3f} ms (median of {timing.calls}, fastest {timing.fastest * 1e3:.3f})")
+        ]
+    return result.passed, "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m qcompile.runtime model.qcm`: 0 when the self-test passes."""
+    if len(arguments) != 1:
+        print("usage: python -m qcompile.runtime model.qcm", file=sys.stderr)
+        return 2
+    try:
+        passed, table = report(load(arguments[0]))
+    except QcompileError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
