@@ -9,6 +9,7 @@ varies along the channels (prelu, a scale per channel), each channel has its own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,13 +37,16 @@ def lookup_fake(x: Tensor, table: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _in_float64(value: Any) -> Any:
-    """A constant argument, read from the graph where it is a tensor."""
-    if not isinstance(value, fx.Node):
-        return value
-    owner = value.graph.owning_module
+def _value(node: fx.Node) -> Tensor:
+    """The tensor of a constant node."""
+    owner = node.graph.owning_module
     assert owner is not None
-    return constant(owner, value).to(torch.float64)
+    return constant(owner, node)
+
+
+def _in_float64(argument: Any) -> Any:
+    """A constant argument, read from the graph where it is a tensor."""
+    return _value(argument).to(torch.float64) if isinstance(argument, fx.Node) else argument
 
 
 def table(node: fx.Node, x: QParams, y: QParams, lo: int = QMIN, hi: int = QMAX) -> Tensor:
@@ -76,7 +80,7 @@ def _channels(node: fx.Node) -> int:
 
     The constant is (C,) for prelu; elsewhere it broadcasts: (C, 1, 1), (1, C, 1, 1), ...
     """
-    return max((constant_node.meta["val"].numel() for constant_node in _constants(node)), default=1)
+    return max((_value(constant_node).numel() for constant_node in _constants(node)), default=1)
 
 
 def _decline(node: fx.Node) -> str | None:
@@ -87,10 +91,10 @@ def _decline(node: fx.Node) -> str | None:
         return "an argument is computed at run time"
     shape = shape_of(operands[0])
     for constant_node in _constants(node):
-        size = shape_of(constant_node)
+        size = tuple(_value(constant_node).shape)
         if len(size) > len(shape):
             return "a constant broadcasts its operand"
-        if constant_node.meta["val"].numel() == 1:
+        if math.prod(size) == 1:
             continue
         aligned = size if node.target is aten.prelu.default else (1,) * (len(shape) - len(size)) + size
         at = 0 if node.target is aten.prelu.default else 1
