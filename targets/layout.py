@@ -46,7 +46,7 @@ class Layout:
 
     shape: tuple[Dim, ...]
     channels_last: bool
-    pitch: int
+    pitch: Dim
     halo: tuple[int, int, int, int] = NO_HALO
 
     @property
@@ -103,7 +103,7 @@ class Layout:
 
 def dense(shape: tuple[Dim, ...]) -> Layout:
     """The tensor in its logical row-major order."""
-    return Layout(shape, False, int(shape[-1]) if shape and isinstance(shape[-1], int) else 1)
+    return Layout(shape, False, shape[-1] if shape else 1)
 
 
 def align(channels: int, to: int) -> int:

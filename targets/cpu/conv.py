@@ -161,11 +161,13 @@ def conv(
     wrapped = (folded & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
     integers = numbers.integers(isa, np.pad(wrapped, (0, lanes_total - len(wrapped))))
     floats = numbers.floats(np.pad(m, (0, lanes_total - len(m))))
-    starts = (np.asarray(packed.starts, np.int32),) if shape.groups > 1 else ()
-    func = _build(shape, config, isa, dot, packed, symbols)
+    constants = {"weights": packed.data.reshape(-1), "integers": integers, "floats": floats}
+    if shape.groups > 1:
+        constants["starts"] = np.asarray(packed.starts, np.int32)
+    func = _build(shape, config, isa, dot, packed, constants, symbols)
     name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
     label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
-    return Kernel(label, func, (packed.data.reshape(-1), integers, floats, *starts))
+    return Kernel(label, func, tuple(constants.values()))
 
 
 def _by_fours(weight: np.ndarray) -> np.ndarray:
@@ -181,6 +183,7 @@ def _build(
     isa: InstructionSet,
     dot: DotProduct,
     packed: PackedWeights,
+    constants: dict[str, np.ndarray],
     symbols: tuple[tirx.Var, ...],
 ) -> tirx.PrimFunc:
     lanes, rows, vectors = isa.lanes, config.rows, config.vectors
@@ -197,10 +200,8 @@ def _build(
     with function("conv") as (args, done):
         x = args.buffer("x", shape.x.size, isa.storage)
         residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
-        weights = args.buffer("weights", packed.data.size, dot.weight_dtype)
-        integers = args.buffer("integers", epilogue.HEAD + blocks * block, "int32")
-        floats = args.buffer("floats", epilogue.HEAD + blocks * block, "float32")
-        starts = args.buffer("starts", len(packed.starts), "int32") if shape.groups > 1 else None
+        weights, integers, floats, *more = args.constants(**constants)
+        starts = more[0] if more else None
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, isa.storage)
 

@@ -61,27 +61,30 @@ def depthwise(
     folded = bias.astype(np.int64) - (x_zero_point + isa.offset) * weight.astype(np.int64).reshape(channels, -1).sum(1)
     pad = (0, padded - channels)
     taps = np.pad(weight.reshape(channels, -1).T, ((0, 0), pad)).astype(np.int16)
-    func = _build(shape, config, isa, padded, symbols)
-    constants = (
-        np.ascontiguousarray(taps).reshape(-1),
-        numbers.integers(isa, np.pad(folded, pad)),
-        numbers.floats(np.pad(m, pad)),
-    )
-    return Kernel(f"depthwise{shape.kernel[0]}x{shape.kernel[1]}_{config.pixels}", func, constants)
+    constants = {
+        "weights": np.ascontiguousarray(taps).reshape(-1),
+        "integers": numbers.integers(isa, np.pad(folded, pad)),
+        "floats": numbers.floats(np.pad(m, pad)),
+    }
+    func = _build(shape, config, isa, constants, symbols)
+    return Kernel(f"depthwise{shape.kernel[0]}x{shape.kernel[1]}_{config.pixels}", func, tuple(constants.values()))
 
 
 def _build(
-    shape: ConvShape, config: DepthwiseConfig, isa: InstructionSet, padded: int, symbols: tuple[tirx.Var, ...]
+    shape: ConvShape,
+    config: DepthwiseConfig,
+    isa: InstructionSet,
+    constants: dict[str, np.ndarray],
+    symbols: tuple[tirx.Var, ...],
 ) -> tirx.PrimFunc:
     lanes, pixels = isa.lanes, config.pixels
     batch, height, width = shape.y.extents
     kh, kw = shape.kernel
+    padded = align(shape.y.channels, lanes)
     with function("depthwise") as (args, done):
         x = args.buffer("x", shape.x.size, isa.storage)
         residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
-        weights = args.buffer("weights", kh * kw * padded, "int16")
-        integers = args.buffer("integers", epilogue.HEAD + padded, "int32")
-        floats = args.buffer("floats", epilogue.HEAD + padded, "float32")
+        weights, integers, floats = args.constants(**constants)
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, isa.storage)
 

@@ -1,7 +1,9 @@
 """Building a TIR function statement by statement: the few helpers that every generator uses.
 
-A generated function takes flat buffers: the activations, then the constants, then the dynamic
-dimensions as int64 scalars, then the output. Its outermost loops are parallel; everything that
+A generated function takes flat buffers: the activations, then one buffer per element type that
+holds the constants of the whole network, then where this call's constants begin in them and the
+dynamic dimensions as int64 scalars, then the output. So a network has a handful of constant tensors
+(each one costs time at every call), and layers of one shape share one function. Its outermost loops are parallel; everything that
 should live in registers is written out (unrolled) by Python, so that LLVM sees straight-line code.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,24 +29,48 @@ class Kernel:
     Attributes:
         name: what the ledger and profiles show.
         func: the TIR function.
-        constants: in parameter order, after the activations.
+        constants: in the order that the function declared them.
     """
 
     name: str
     func: tirx.PrimFunc
     constants: tuple[np.ndarray, ...] = ()
 
+    def pools(self) -> list[str]:
+        """The element types of its constants, in parameter order."""
+        return pools(self.constants)
 
-@dataclass
+
+def pools(constants: Sequence[np.ndarray]) -> list[str]:
+    return list(dict.fromkeys(str(c.dtype) for c in constants))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A constant: the elements from `start` on in the buffer of its type."""
+
+    buffer: Any
+    start: Any
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.buffer[self.start + index]
+
+
 class Arguments:
     """Declares the parameters of the function under construction."""
 
-    buffers: list[Any] = field(default_factory=list)
+    def buffer(self, name: str, size: Dim, dtype: str) -> Any:
+        return T.arg(name, T.buffer((size,), dtype))
 
-    def buffer(self, name: str, shape: Dim | tuple[Dim, ...], dtype: str) -> Any:
-        shape = shape if isinstance(shape, tuple) else (shape,)
-        self.buffers.append(T.arg(name, T.buffer(shape, dtype)))
-        return self.buffers[-1]
+    def constants(self, **arrays: np.ndarray) -> list[Window]:
+        """This call's constants, each a window into the network's constants of its type."""
+        pool = {}
+        for dtype in pools(list(arrays.values())):
+            pool[dtype] = T.arg(dtype, T.buffer((tirx.Var(f"{dtype}_size", "int64"),), dtype))
+        starts = [T.arg(f"{name}_start", tirx.Var(f"{name}_start", "int64")) for name in arrays]
+        return [
+            Window(pool[str(array.dtype)], start) for array, start in zip(arrays.values(), starts, strict=True)
+        ]
 
     def symbols(self, symbols: Sequence[tirx.Var]) -> None:
         """The dynamic dimensions, as scalars."""
@@ -67,7 +93,8 @@ def function(name: str) -> Iterator[tuple[Arguments, Function]]:
             T.func_name(name)
             T.func_attr({"tirx.noalias": True})
             yield Arguments(), done
-    done.result = builder.get()
+    # Named when it joins a module, so that equal functions can be one.
+    done.result = builder.get().without_attr("global_symbol")
 
 
 def ramp(offset: Any, lanes: int) -> Any:
@@ -76,6 +103,8 @@ def ramp(offset: Any, lanes: int) -> Any:
 
 def load(buffer: Any, offset: Any, lanes: int) -> Any:
     """`lanes` consecutive elements from `offset`."""
+    if isinstance(buffer, Window):
+        buffer, offset = buffer.buffer, buffer.start + offset
     return buffer[ramp(offset, lanes)]
 
 

@@ -1,0 +1,109 @@
+"""Integer program -> machine code: lower, compile with TVM, link a shared library."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from qcompile.errors import BuildError
+from qcompile.ir import Program
+from qcompile.targets.base import Target
+from qcompile.targets.cpu.emitters import EMITTERS
+from qcompile.targets.lower import lower
+
+Progress = Callable[[str], None]
+
+
+# TVM's default pipeline without RewriteDataflowReshape, which expects every function to be a schedulable
+# block; reshapes of activations are already views.
+_PIPELINE = tvm.transform.Sequential(
+    [
+        relax.transform.LegalizeOps(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Built:
+    """Machine code for one target.
+
+    Attributes:
+        library: a shared object: a Relax VM executable with the function main(*inputs, constants).
+        constants: the tensors of `constants`, in order.
+        kernels: which kernel computes which node of the integer graph.
+    """
+
+    library: bytes
+    constants: dict[str, np.ndarray]
+    kernels: dict[str, str]
+
+
+def linker(target: Target) -> str:
+    """The first linker of `target` on this machine.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for name in target.linkers:
+        if shutil.which(name):
+            return name
+    raise BuildError(
+        f"no linker for {target.name} on this machine",
+        where=f"looked for {', '.join(target.linkers)}",
+        remedy="install one of them (Debian and Ubuntu: apt install gcc for x86, binutils-aarch64-linux-gnu for ARM)",
+    )
+
+
+def build(program: Program, target: Target, progress: Progress | None = None) -> Built:
+    """Compile an integer program for `target`; `progress` hears the name of each step.
+
+    Raises:
+        BuildError: an operator that cannot be lowered, or no linker.
+    """
+    say = progress or (lambda step: None)
+    command = linker(target)
+    say("lowering")
+    lowered = lower(program, target, EMITTERS)
+    say("compiling")
+    executable = relax.build(
+        lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode="compiled"
+    )
+    say("linking")
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        path = Path(folder) / "model.so"
+        executable.export_library(str(path), fcompile=_link_with(command))
+        library = path.read_bytes()
+    return Built(library, lowered.constants, lowered.kernels)
+
+
+def _link_with(command: str) -> Any:
+    """A link step for export_library: a bare linker is enough, the objects need no C library."""
+
+    def link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
+        result = subprocess.run(
+            [command, "-shared", "-o", output, *objects], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise BuildError(f"{command} failed", where=output, remedy=result.stderr.strip() or "see its output")
+
+    link.object_format = "o"  # type: ignore[attr-defined]
+    return link

@@ -1,0 +1,3 @@
+"""placeholder"""
+def find(graph): return {}
+def lower(low, group, node): raise RuntimeError

@@ -1,0 +1,334 @@
+"""Integer graph -> Relax module: one generated kernel per operator, called in graph order.
+
+Every int8 activation is a flat Relax tensor; its layout says what it holds (`qcompile.targets.plan`).
+Float tensors keep their logical shape. Constants stay outside the module: the entry point takes
+them as one tuple, a tensor per element type, so that an artifact can map them without a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import sympy
+import tvm
+from torch import fx
+from tvm import relax, tirx
+
+from qcompile.errors import BuildError
+from qcompile.ir import Program, constant, is_tensor, source, where
+from qcompile.targets.base import Target
+from qcompile.targets.cpu.copy import Take, gather, identity
+from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, product
+from qcompile.targets.plan import PITCH, Halo, Planned, plan
+
+
+@dataclass(frozen=True)
+class Value:
+    """A lowered value: an int8 activation with its layout, or a float tensor (layout None)."""
+
+    expr: relax.Expr
+    layout: Layout | None
+    dtype: str
+    fill: int = 0  # the int8 value in the halo
+
+
+@dataclass
+class Lowered:
+    """What `build` needs: the module, its constants in order, and which kernel computes which node."""
+
+    module: tvm.IRModule
+    constants: dict[str, np.ndarray]
+    kernels: dict[str, str]
+
+
+POOLS = ("int8", "uint8", "int16", "int32", "float32")
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+
+
+@dataclass
+class Pool:
+    """All constants of one element type, one after the other, aligned; equal ones once."""
+
+    dtype: str
+    parts: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+    known: dict[bytes, int] = field(default_factory=dict)
+
+    def add(self, value: np.ndarray) -> int:
+        """The position of `value` in the pool."""
+        key = hashlib.sha256(value.tobytes()).digest()
+        if key not in self.known:
+            self.known[key] = self.size
+            padding = -value.size % (ALIGNMENT // value.itemsize)
+            self.parts.append(np.pad(value.reshape(-1), (0, padding)))
+            self.size += value.size + padding
+        return self.known[key]
+
+    def data(self) -> np.ndarray:
+        return np.concatenate(self.parts) if self.parts else np.zeros(1, self.dtype)
+
+
+@dataclass
+class Lowering:
+    """The state of one lowering: what is shared by the emitters in `qcompile.targets.cpu`."""
+
+    program: Program
+    target: Target
+    builder: relax.BlockBuilder = field(default_factory=relax.BlockBuilder)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=lambda: {d: Pool(d) for d in POOLS})
+    tables: dict[str, relax.Expr] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+    symbols: dict[sympy.Symbol, tirx.Var] = field(default_factory=dict)
+    shapes: dict[fx.Node, tuple[Dim, ...]] = field(default_factory=dict)
+    planned: dict[fx.Node, Planned] = field(default_factory=dict)
+    copies: dict[Any, Value] = field(default_factory=dict)
+
+    # --- shapes -----------------------------------------------------------------------------------
+
+    def dim(self, size: Any, node: fx.Node) -> Dim:
+        """An int, or the TVM expression of a symbolic size."""
+        if isinstance(size, int):
+            return size
+        return self._expression(size.node.expr, node)
+
+    def _expression(self, expr: Any, node: fx.Node) -> Dim:
+        if isinstance(expr, sympy.Integer):
+            return int(expr)
+        if isinstance(expr, sympy.Symbol):
+            return self.symbols.setdefault(expr, tirx.Var(str(expr), "int64"))
+        operator: Callable[[Any, Any], Any] | None = {
+            "Add": lambda a, b: a + b,
+            "Mul": lambda a, b: a * b,
+            "FloorDiv": lambda a, b: a // b,
+            "Mod": lambda a, b: a % b,
+            "PythonMod": lambda a, b: a % b,
+        }.get(type(expr).__name__)
+        if operator is None:
+            raise self.error(node, f"its shape has a dimension that cannot be lowered: {expr}")
+        result, *rest = (self._expression(e, node) for e in expr.args)
+        for other in rest:
+            result = operator(result, other)
+        return result
+
+    @property
+    def symbol_args(self) -> tuple[tirx.Var, ...]:
+        return tuple(self.symbols.values())
+
+    def shape(self, node: fx.Node) -> tuple[Dim, ...]:
+        return self.shapes[node]
+
+    def error(self, node: fx.Node, what: str) -> BuildError:
+        return BuildError(
+            f"{node.target} cannot be lowered for {self.target.name}: {what}",
+            where=where(node) or node.name,
+            source=source(node),
+            remedy="exclude the layer from quantization (QuantConfig(exclude=...)) so that it stays float",
+        )
+
+    # --- constants and calls ----------------------------------------------------------------------
+
+    def tensor(self, node: fx.Node) -> np.ndarray:
+        """The value of a constant argument."""
+        return constant(self.program.graph_module, node).numpy()
+
+    def call(self, node: fx.Node, kernel: Kernel, inputs: list[Value], layout: Layout | None, dtype: str) -> Value:
+        """Call `kernel` on the flat buffers of `inputs`; the result has `layout`, or is dense float."""
+        function = self.builder.add_func(kernel.func, kernel.name)
+        starts = [self.pools[str(c.dtype)].add(c) for c in kernel.constants]
+        size = layout.size if layout else product(self.shape(node))
+        args = [
+            *[self.flat(v) for v in inputs],
+            *[self.tables[dtype] for dtype in kernel.pools()],
+            *[relax.prim_value(start) for start in starts],
+            *self.symbol_args,
+        ]
+        result = relax.call_tir(function, relax.Tuple(args), relax.TensorType((size,), dtype))
+        return Value(self.builder.emit(result), layout, dtype)
+
+    def flat(self, value: Value) -> relax.Expr:
+        dims = tuple(value.expr.ty.shape)
+        return value.expr if len(dims) == 1 else self.shaped(value.expr, (product(dims),))
+
+    def shaped(self, expr: relax.Expr, shape: tuple[Dim, ...]) -> relax.Expr:
+        """The same buffer under another shape."""
+        ty = relax.TensorType(shape, expr.ty.dtype)
+        call = relax.call_pure_packed("vm.builtin.reshape", expr, relax.ShapeExpr(shape), ty_args=ty)
+        return self.builder.emit(call)
+
+    # --- what the emitters ask ---------------------------------------------------------------------
+
+    def layout(self, node: fx.Node) -> Layout:
+        return self.planned[node].layout
+
+    def fill(self, node: fx.Node) -> int:
+        return self.planned[node].fill
+
+    def use(
+        self, node: fx.Node, channels_last: bool, halo: Halo = NO_HALO, fill: int = 0, pitch: int = PITCH
+    ) -> Value:
+        """The value of `node` in a layout of the asked kind, copied when it is in another.
+
+        `halo` is the margin that must hold `fill`; `pitch` what the allocated channels must be a multiple of.
+        """
+        value = self.values[node]
+        layout = self._layout(value)
+        channels_last = channels_last and len(layout.shape) > 2
+        kind = layout.channels_last == channels_last or len(layout.shape) < 2
+        roomy = layout.pitch % pitch == 0 and layout.pitch >= layout.channels
+        margin = all(a >= b for a, b in zip(layout.halo, halo, strict=True))
+        if kind and roomy and margin and (halo == NO_HALO or value.fill == fill):
+            return value
+        target = Layout(layout.shape, channels_last, align(_inner(layout.shape, channels_last), PITCH), halo)
+        return self.copy(node, value, target, fill)
+
+    def dense(self, node: fx.Node) -> Value:
+        """The value of `node` in row-major logical order."""
+        value = self.values[node]
+        layout = self._layout(value)
+        flat = relabel(layout, layout.shape)
+        if flat is not None and flat.pitch == dense(layout.shape).pitch:
+            return Value(value.expr, dense(layout.shape), value.dtype)
+        return self.copy(node, value, dense(layout.shape), 0)
+
+    def _layout(self, value: Value) -> Layout:
+        assert value.layout is not None
+        return value.layout
+
+    def copy(self, node: fx.Node, value: Value, layout: Layout, fill: int, dtype: str | None = None) -> Value:
+        """`value` (of `node`) in `layout`, made once; extents of one are repeated to fit its shape."""
+        isa = self.target.isa
+        dtype = dtype or isa.storage
+        key = (node, layout, fill, dtype)
+        if key not in self.copies:
+            before = self._layout(value)
+            take = identity(before.shape, layout.shape)
+            kernel = gather(before, layout, take, (value.dtype, dtype), fill, isa, self.symbol_args)
+            result = self.call(node, kernel, [value], layout, dtype)
+            self.copies[key] = Value(result.expr, layout, dtype, fill)
+        return self.copies[key]
+
+    def gather(
+        self,
+        node: fx.Node,
+        x: fx.Node,
+        take: tuple[Take, ...],
+        place: tuple[int, ...] | None = None,
+        fill_value: int | None = None,
+    ) -> None:
+        """Define `node` as y[place + index] = x[take(index)] (see `qcompile.targets.cpu.copy.gather`)."""
+        value, isa = self.values[x], self.target.isa
+        kernel = gather(
+            self._layout(value),
+            self.layout(node),
+            take,
+            (isa.storage, isa.storage),
+            self.fill(node),
+            isa,
+            self.symbol_args,
+            place,
+            fill_value,
+        )
+        self.define(node, kernel, [value])
+
+    def define(self, node: fx.Node, kernel: Kernel, inputs: list[Value]) -> None:
+        """`node` is computed by `kernel`, into its planned layout."""
+        self.kernels[node.name] = kernel.name
+        layout = self.layout(node)
+        result = self.call(node, kernel, inputs, layout, self.target.isa.storage)
+        self.values[node] = Value(result.expr, layout, result.dtype, self.fill(node))
+
+    def define_view(self, node: fx.Node, x: fx.Node) -> None:
+        """`node` is `x` under another shape: the same bytes where the layouts allow it."""
+        self.kernels[node.name] = "view"
+        value, shape = self.values[x], self.shape(node)
+        layout = relabel(self._layout(value), shape)
+        if layout is None:
+            value = self.dense(x)
+            layout = dense(shape)
+        self.values[node] = Value(value.expr, layout, value.dtype)
+
+
+def _inner(shape: tuple[Dim, ...], channels_last: bool) -> int:
+    return int(shape[1] if channels_last else shape[-1]) if shape else 1
+
+
+def relabel(layout: Layout, shape: tuple[Dim, ...]) -> Layout | None:
+    """The layout of the same buffer under `shape`, where inserting or dropping extents of one suffices
+    and channels stay innermost; else None."""
+    if layout.halo != NO_HALO or not shape:
+        return None
+    plain = tuple(d for d in layout.shape if not (isinstance(d, int) and d == 1))
+    after = tuple(d for d in shape if not (isinstance(d, int) and d == 1))
+    spatial = layout.shape[2:] if layout.channels_last else ()
+    if any(not (isinstance(d, int) and d == 1) for d in spatial) or plain != after:
+        return None
+    if isinstance(shape[-1], int) and shape[-1] == layout.channels:
+        return Layout(shape, False, layout.pitch)
+    ones = all(isinstance(d, int) and d == 1 for d in shape[2:])
+    if len(shape) in (3, 4) and ones and shape[1] == layout.channels:
+        return Layout(shape, True, layout.pitch)
+    return None
+
+
+def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Lowering, fx.Node], None]]) -> Lowered:
+    """Lower an integer program with the emitters of the target's processor.
+
+    Raises:
+        BuildError: an operator or a shape that cannot be lowered; names the place.
+    """
+    from qcompile.targets import islands  # here: islands lower whole subgraphs and need Lowering
+
+    low = Lowering(program, target)
+    nodes = list(program.graph.nodes)
+    for node in nodes:
+        if is_tensor(node):
+            low.shapes[node] = tuple(low.dim(s, node) for s in node.meta["val"].shape)
+    low.planned = plan(program.graph, low.shapes)
+    inputs = [
+        relax.Var(n.name, relax.TensorType(low.shape(n), str(n.meta["val"].dtype).removeprefix("torch.")))
+        for n in program.placeholders()
+    ]
+    tables = relax.Var("constants", relax.TupleType([relax.TensorType(dtype=d, ndim=1) for d in POOLS]))
+    groups = islands.find(program.graph)
+    with low.builder.function("main", [*inputs, tables]):
+        with low.builder.dataflow():
+            for i, dtype in enumerate(POOLS):
+                low.tables[dtype] = low.builder.emit(relax.TupleGetItem(tables, i))
+            for node, var in zip(program.placeholders(), inputs, strict=True):
+                _input(low, node, var)
+            for node in nodes:
+                if node in groups:
+                    islands.lower(low, groups[node], node)
+                elif node.op == "call_function" and is_tensor(node):
+                    if node.target not in emitters:
+                        raise low.error(node, "no kernel for this operator")
+                    emitters[node.target](low, node)
+            outputs = [_output(low, n) for n in program.outputs()]
+            result = low.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
+        low.builder.emit_func_output(result)
+    constants = {dtype: low.pools[dtype].data() for dtype in POOLS}
+    return Lowered(low.builder.get(), constants, low.kernels)
+
+
+def _input(low: Lowering, node: fx.Node, var: relax.Var) -> None:
+    dtype = str(var.ty.dtype)
+    if dtype != "int8":
+        low.values[node] = Value(var, None, dtype)
+        return
+    value = Value(low.flat(Value(var, None, dtype)), dense(low.shape(node)), dtype)
+    planned = low.planned[node]
+    low.values[node] = low.copy(node, value, planned.layout, planned.fill)
+
+
+def _output(low: Lowering, node: fx.Node) -> relax.Expr:
+    value = low.values[node]
+    if value.layout is None:
+        return value.expr if len(value.expr.ty.shape) == len(low.shape(node)) else low.shaped(value.expr, low.shape(node))
+    plain = low.copy(node, value, dense(low.shape(node)), 0, "int8")
+    return low.shaped(plain.expr, low.shape(node))
