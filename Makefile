@@ -41,15 +41,16 @@ bench: .venv/installed-bench ## measure against ONNX Runtime and OpenVINO, side 
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv .venv
 
-# ARM libraries are linked with an aarch64 linker and run under qemu. Where neither is there and
-# nothing may be installed, the tests that need them skip and say so.
-arm-tools:
+# ARM libraries are linked with an aarch64 linker and run under qemu, in an AArch64 Python kept in
+# .cache/. Where these are missing and cannot be installed, the tests that need them skip and say so.
+arm-tools: .venv/installed-test
 	@if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-ld >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 			apt-get install -y -qq --no-install-recommends qemu-user binutils-aarch64-linux-gnu >/dev/null \
 		|| echo "qemu-user and binutils-aarch64-linux-gnu could not be installed: the ARM tests will skip"; \
 	else echo "qemu-user and binutils-aarch64-linux-gnu are missing: the ARM tests will skip"; fi
+	@$(BIN)/python tests/arm_sysroot.py || true
 
 clean: ## remove what the other targets made
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build site qcompile.egg-info
