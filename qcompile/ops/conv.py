@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from qcompile import arith
 from qcompile.errors import QuantizationError
 from qcompile.ir import is_constant, shape_of, source, where
-from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_clamp, random_int8
+from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_clamp, random_int8, with_random_parameters
 
 aten = torch.ops.aten
 
@@ -322,16 +322,30 @@ def _samples_1d(g: torch.Generator) -> Iterator[Sample]:
 
 
 def _examples_2d(g: torch.Generator) -> Iterator[Example]:
-    yield Example(nn.Conv2d(3, 8, 3, padding=1), (torch.randn(1, 3, 9, 9, generator=g),))
-    yield Example(nn.Conv2d(8, 8, 3, stride=2, groups=8, bias=False), (torch.randn(2, 8, 9, 9, generator=g),))
-    yield Example(nn.Conv2d(6, 4, (3, 1), dilation=2, groups=2), (torch.randn(1, 6, 9, 7, generator=g),))
-    yield Example(nn.Conv2d(3, 4, (4, 3), padding="same"), (torch.randn(1, 3, 7, 8, generator=g),))
-    yield Example(nn.Conv2d(3, 4, 3, padding="valid"), (torch.randn(1, 3, 7, 8, generator=g),))
+    yield Example(with_random_parameters(nn.Conv2d(3, 8, 3, padding=1), g), (torch.randn(1, 3, 9, 9, generator=g),))
+    yield Example(
+        with_random_parameters(nn.Conv2d(8, 8, 3, stride=2, groups=8, bias=False), g),
+        (torch.randn(2, 8, 9, 9, generator=g),),
+    )
+    yield Example(
+        with_random_parameters(nn.Conv2d(6, 4, (3, 1), dilation=2, groups=2), g),
+        (torch.randn(1, 6, 9, 7, generator=g),),
+    )
+    yield Example(
+        with_random_parameters(nn.Conv2d(3, 4, (4, 3), padding="same"), g), (torch.randn(1, 3, 7, 8, generator=g),)
+    )
+    yield Example(
+        with_random_parameters(nn.Conv2d(3, 4, 3, padding="valid"), g), (torch.randn(1, 3, 7, 8, generator=g),)
+    )
 
 
 def _examples_1d(g: torch.Generator) -> Iterator[Example]:
-    yield Example(nn.Conv1d(5, 8, 3, padding=1, stride=2), (torch.randn(2, 5, 19, generator=g),))
-    yield Example(nn.Conv1d(5, 5, 4, padding="same", groups=5), (torch.randn(2, 5, 19, generator=g),))
+    yield Example(
+        with_random_parameters(nn.Conv1d(5, 8, 3, padding=1, stride=2), g), (torch.randn(2, 5, 19, generator=g),)
+    )
+    yield Example(
+        with_random_parameters(nn.Conv1d(5, 5, 4, padding="same", groups=5), g), (torch.randn(2, 5, 19, generator=g),)
+    )
 
 
 CONV2D = Row(

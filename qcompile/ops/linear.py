@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qcompile.ir import shape_of
 from qcompile.ops.conv import constant_weight, finish_accumulator, sample_weighted, weighted
-from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, activations, random_int8
+from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, activations, random_int8, with_random_parameters
 
 aten = torch.ops.aten
 
@@ -97,8 +97,8 @@ def _samples(g: torch.Generator) -> Iterator[Sample]:
 
 
 def _examples(g: torch.Generator) -> Iterator[Example]:
-    yield Example(nn.Linear(20, 7), (torch.randn(3, 20, generator=g),))
-    yield Example(nn.Linear(16, 16, bias=False), (torch.randn(2, 5, 16, generator=g),))
+    yield Example(with_random_parameters(nn.Linear(20, 7), g), (torch.randn(3, 20, generator=g),))
+    yield Example(with_random_parameters(nn.Linear(16, 16, bias=False), g), (torch.randn(2, 5, 16, generator=g),))
 
 
 LINEAR = Row(

@@ -239,6 +239,7 @@ def _examples_max(g: torch.Generator) -> Iterator[Example]:
 def _examples_avg(g: torch.Generator) -> Iterator[Example]:
     x = torch.randn(2, 5, 11, 9, generator=g)
     yield Example(nn.AvgPool2d(2), (x,))
+    yield Example(nn.AvgPool2d(3, 2, 1), (x,))
     yield Example(nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), (x,))
     yield Example(nn.AvgPool2d(3, 1, 1, divisor_override=7), (x,))
 

@@ -159,3 +159,11 @@ def random_clamp(g: torch.Generator) -> tuple[int, int]:
     """A random clamp (lo, hi), every second one the full range: test data."""
     lo, hi, narrow = (int(v) for v in torch.randint(0, 100, (3,), generator=g))
     return (QMIN + lo, QMAX - hi) if narrow % 2 else (QMIN, QMAX)
+
+
+def with_random_parameters(module: nn.Module, g: torch.Generator) -> nn.Module:
+    """`module` with its parameters drawn from `g` (their own initialization takes the global generator)."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(-0.5, 0.5, generator=g)
+    return module

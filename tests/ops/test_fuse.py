@@ -129,5 +129,5 @@ def test_what_a_row_fuses_is_within_half_a_step_of_float(row: ops.Row) -> None:
     with torch.no_grad():
         interpreter.run(*inputs)
     assert len(interpreter.errors) >= len(examples), "the row does not take all of its examples"
-    # Half a step of rounding; the bias of a weighted row is rounded too, far below a step.
-    assert {name: error for name, error in interpreter.errors.items() if error > 0.501} == {}
+    # Half a step of rounding; the bias of a weighted row is rounded too, to half a step of the accumulator.
+    assert {name: error for name, error in interpreter.errors.items() if error > 0.52} == {}
