@@ -1,0 +1,231 @@
+"""compile(): the whole flow, from a float model to a callable that runs int8 machine code.
+
+    capture -> passes -> integer program -> lower -> build -> artifact -> model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from qcompile.artifact import Artifact, CoverageRow, Golden, PassRow, TensorSpec, Variant
+from qcompile.config import QuantConfig
+from qcompile.device import lacks
+from qcompile.errors import DeviceError, StrictError
+from qcompile.inputs import unflatten
+from qcompile.ir import Program, shape_of
+from qcompile.manager import PassRecord
+from qcompile.passes import Pipeline
+from qcompile.passes.base import Progress
+from qcompile.passes.fuse_requantize import COVERS
+from qcompile.quantizer import QuantizedModel, quantize
+from qcompile.runtime import Model
+from qcompile.targets import Target, get
+from qcompile.targets.build import build
+from qcompile.targets.capability import objection
+
+FLOAT_TOLERANCE = 1e-3
+"""Where operators stayed float, how far a device's outputs may be from the reference's, as a part of
+the largest magnitude: float sums may be taken in another order."""
+
+
+class CompiledModel(Model):
+    """A compiled model with its integer program: everything that `qcompile.load` gives, and the reference.
+
+    Attributes:
+        program: the integer graph.
+    """
+
+    def __init__(self, artifact: Artifact, program: Program, *, threads: int | None = None) -> None:
+        self.program = program
+        self._foreign = all(lacks(v.machine, v.features) for v in artifact.variants)
+        if self._foreign:  # built for another machine: it can be saved and inspected, not run
+            self.artifact, self._variant = artifact, artifact.variants[0]
+        else:
+            super().__init__(artifact, threads=threads)
+
+    def reference(self, *inputs: Tensor) -> Any:
+        """The integer graph in eager PyTorch: the same bits as the machine code, slowly."""
+        return unflatten(self.artifact.output_structure, self.program(*inputs))
+
+    def flat(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Flat NumPy inputs to flat NumPy outputs.
+
+        Raises:
+            DeviceError: the model was compiled for another machine.
+        """
+        if self._foreign:
+            raise DeviceError(
+                f"this model was compiled for {self.target}, which this machine cannot run",
+                remedy="save() it and run it on the device, or call .reference(...) here: it gives the same bits",
+            )
+        return super().flat(*inputs)
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    target: str | Target = "native",
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    dynamic_shapes: Any = None,
+    config: QuantConfig | None = None,
+    pipeline: Pipeline | None = None,
+    strict: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile a float model to int8 machine code.
+
+    Args:
+        model: an nn.Module in eval mode, an fx.GraphModule or an ExportedProgram; it is not modified.
+        target: a name from `qcompile.targets.names()`, or a Target. "native": the machine this runs on.
+        example_inputs: a tensor, a tuple or a dict (keyword inputs); default: the first calibration batch.
+        calibration: an iterable of such inputs (a DataLoader works), read once, batch by batch.
+        dynamic_shapes: as torch.export takes it, for example ``({0: torch.export.Dim("batch", max=64)},)``.
+        config: how to quantize.
+        pipeline: the passes, for example ``default_pipeline().after("canonicalize", MyPass())``.
+        strict: refuse a model in which an operator would stay float.
+        threads: how many a call uses; default: all cores.
+        progress: called with (step, done, total or None) during long work.
+
+    Returns:
+        A callable: torch tensors in and out, or NumPy arrays in and out.
+
+    Raises:
+        QcompileError: every mistake has its subclass, see `qcompile.errors`.
+    """
+    where = get(target) if isinstance(target, str) else target
+    quantized = quantize(
+        model,
+        example_inputs=example_inputs,
+        calibration=calibration,
+        dynamic_shapes=dynamic_shapes,
+        config=config,
+        pipeline=pipeline,
+        objection=objection(where),
+        progress=progress,
+    )
+    return compile_program(quantized, where, strict=strict, threads=threads, progress=progress)
+
+
+def compile_program(
+    quantized: QuantizedModel,
+    target: Target,
+    *,
+    strict: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """The second half of `compile`: an integer program to machine code. Arguments as there."""
+    program = quantized.program
+    if strict:
+        refuse_float(program)
+    steps = iter(range(1, 4))
+    built = build(program, target, None if progress is None else lambda step: progress(step, next(steps), 3))
+    variant = Variant(target.name, target.machine, target.features, target.rank, built.library, built.constants)
+    coverage = coverage_rows(program, built.kernels)
+    artifact = Artifact(
+        inputs=tuple(TensorSpec(spec.name, spec.shape, spec.dtype) for spec in program.inputs),
+        outputs=output_specs(program),
+        output_structure=program.output_structure,
+        variants=(variant,),
+        coverage=coverage,
+        passes=pass_rows(quantized.passes),
+        toolchain={name: version(name) for name in ("qcompile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")},
+        tolerance=FLOAT_TOLERANCE if any(row.kind == "float" for row in coverage) else 0.0,
+    )
+    return CompiledModel(replace(artifact, golden=golden_cases(program)), program, threads=threads)
+
+
+def coverage_rows(program: Program, kernels: Mapping[str, str]) -> tuple[CoverageRow, ...]:
+    """The ledger, with the kernel that computes each operator (several share one where they are fused)."""
+    computes = {covered: kernels[n.name] for n in program.graph.nodes for covered in n.meta.get(COVERS, ()) if n.name in kernels}
+    return tuple(
+        CoverageRow(r.op, r.node, r.kind, computes.get(r.node, r.kernel), r.reason, r.where)
+        for r in program.ledger.rows
+    )
+
+
+def refuse_float(program: Program) -> None:
+    """Raise StrictError when the ledger has a float operator; names the first ones and the reasons."""
+    left = [row for row in program.ledger.rows if row.kind == "float"]
+    if left:
+        shown = "; ".join(f"{row.where or row.node} ({row.op}): {row.reason}" for row in left[:5])
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        raise StrictError(
+            f"{len(left)} operators would stay float",
+            where=shown + more,
+            remedy="replace them, or compile with strict=False: they then run in float32",
+        )
+
+
+def pass_rows(records: Sequence[PassRecord]) -> tuple[PassRow, ...]:
+    return tuple(PassRow(r.name, r.changed, r.nodes_before, r.nodes_after) for r in records)
+
+
+def output_specs(program: Program) -> tuple[TensorSpec, ...]:
+    """The flat outputs; a dynamic dimension carries its expression and the bounds of its symbol."""
+    bounds = {d[0]: d for spec in program.inputs for d in spec.shape if not isinstance(d, int)}
+    symbols = dynamic_symbols(program)
+
+    def dimension(size: Any) -> int | tuple[str, int, int]:
+        if isinstance(size, int):
+            return size
+        name = symbols.get(str(size), str(size))
+        return bounds.get(name, (name, 0, 2**31 - 1))
+
+    specs = []
+    for i, node in enumerate(program.outputs()):
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        specs.append(TensorSpec(f"output{i}", tuple(dimension(s) for s in shape_of(node)), dtype))
+    return tuple(specs)
+
+
+def dynamic_symbols(program: Program) -> dict[str, str]:
+    """The graph's symbols -> the names that the user gave the dimensions."""
+    found = {}
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        for dim, size in zip(spec.shape, shape_of(node), strict=True):
+            if not isinstance(dim, int):
+                found[str(size)] = dim[0]
+    return found
+
+
+def golden_cases(program: Program, seed: int = 0) -> tuple[Golden, ...]:
+    """Two inputs with the outputs of the reference, for the self-test: random values over the range the
+    network was calibrated for (its input quantization), at the smallest and the largest sensible batch."""
+    generator = np.random.default_rng(seed)
+    cases = []
+    for small in (True, False):
+        sizes: dict[str, int] = {}
+        inputs = []
+        for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+            for dim in spec.shape:
+                if not isinstance(dim, int):
+                    sizes[dim[0]] = dim[1] if small else min(dim[2], dim[1] + 2)
+            shape = tuple(d if isinstance(d, int) else sizes[d[0]] for d in spec.shape)
+            inputs.append(_golden_input(generator, node, shape, spec.dtype))
+        outputs = program(*[torch.from_numpy(x) for x in inputs])
+        cases.append(Golden(tuple(inputs), tuple(y.contiguous().numpy() for y in outputs)))
+    return tuple(cases)
+
+
+def _golden_input(generator: np.random.Generator, node: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    if dtype == "bool":
+        return generator.integers(0, 2, shape).astype(dtype)
+    if not dtype.startswith("float"):
+        return generator.integers(0, 2, shape).astype(dtype)  # indices: small enough for any table
+    quantizers = [u for u in node.users if u.target is torch.ops.qcompile.quantize.default]
+    if not quantizers:
+        return generator.standard_normal(shape).astype(dtype)
+    scale, zero_point = 1.0 / float(quantizers[0].args[1]), int(quantizers[0].args[2])
+    low, high = (scale * (q - zero_point) for q in (-132, 131))  # a little beyond: clamping is tested too
+    return generator.uniform(low, high, shape).astype(dtype)
