@@ -101,7 +101,7 @@ class Executable:
         self._main = machine["main"]
         bound = [self._from_dlpack(tensors.aligned(array)) for array in constants]
         self._constants = (ffi.Array(bound),) if bound else ()
-        self._constant_addresses = {tensor.data_ptr for tensor in bound}
+        self._constant_addresses = {tensor.data_ptr() for tensor in bound}
         self._staging: dict[int, np.ndarray] = {}
 
     def __call__(self, inputs: Iterable[np.ndarray]) -> list[np.ndarray]:
@@ -109,20 +109,22 @@ class Executable:
         taken = [self._tensor(index, array) for index, array in enumerate(inputs)]
         result = self._main(*taken, *self._constants)
         flat = [result] if isinstance(result, self._tensor_type) else result
-        ours = self._constant_addresses.union([tensor.data_ptr for tensor in taken])
+        ours = self._constant_addresses.union([tensor.data_ptr() for tensor in taken])
         # An output can be an input or a constant in another shape: the caller gets a copy of its own.
-        return [np.from_dlpack(y).copy() if y.data_ptr in ours else np.from_dlpack(y) for y in flat]
+        return [np.from_dlpack(y).copy() if y.data_ptr() in ours else np.from_dlpack(y) for y in flat]
 
     def _tensor(self, index: int, array: np.ndarray) -> Any:
         """`array` as kernels can read it: contiguous and aligned, because they load whole vectors."""
-        try:
-            return self._from_dlpack(array, require_alignment=ALIGNMENT, require_contiguous=True)
-        except (ValueError, BufferError):  # also read-only memory, and the other byte order
-            staging = self._staging.get(index)
-            if staging is None or staging.shape != array.shape:
-                staging = self._staging[index] = tensors.empty(array.shape, array.dtype.newbyteorder("="))
-            np.copyto(staging, array)
-            return self._from_dlpack(staging)
+        flags = array.flags
+        if flags.c_contiguous and flags.writeable:  # DLPack as TVM speaks it has no read-only memory
+            tensor = self._from_dlpack(array)
+            if tensor.data_ptr() % ALIGNMENT == 0:
+                return tensor
+        staging = self._staging.get(index)
+        if staging is None or staging.shape != array.shape:
+            staging = self._staging[index] = tensors.empty(array.shape, array.dtype)
+        np.copyto(staging, array)
+        return self._from_dlpack(staging)
 
 
 def _load(ffi: Any, library: Buffer) -> Any:

@@ -1,0 +1,22 @@
+"""Fixtures that tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import arm
+import pytest
+
+
+@pytest.fixture(scope="session")
+def arm_machine() -> Iterator[arm.ArmMachine]:
+    """An ARM processor with every feature that qemu knows, or a skip that says why there is none.
+
+    Where QCOMPILE_REQUIRE_ARM is set, as in continuous integration, the skip is a failure.
+    """
+    if reason := arm.unavailable():
+        refuse = pytest.fail if os.environ.get("QCOMPILE_REQUIRE_ARM") else pytest.skip
+        refuse(f"ARM code cannot run here: {reason}")
+    with arm.ArmMachine() as machine:
+        yield machine
