@@ -84,9 +84,15 @@ def build(program: Program, target: Target, progress: Progress | None = None) ->
     say("lowering")
     lowered = lower(program, target, EMITTERS)
     say("compiling")
-    executable = relax.build(
-        lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode="compiled"
-    )
+    try:
+        executable = relax.build(
+            lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode="compiled"
+        )
+    except Exception as error:  # TVM raises many types
+        raise BuildError(
+            f"TVM could not build the model for {target.name}: {error}",
+            remedy="the ledger (quantize(...).coverage) lists the float operators: replace them one by one to find it",
+        ) from error
     say("linking")
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.so"

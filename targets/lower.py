@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import sympy
+import torch
 import tvm
 from torch import fx
 from tvm import relax, tirx
@@ -23,8 +24,12 @@ from qcompile.ir import Program, constant, is_tensor, source, where
 from qcompile.targets.base import Target
 from qcompile.targets.cpu.copy import Take, gather, identity
 from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.float_ops import FloatOps
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, product
-from qcompile.targets.plan import PITCH, Halo, Planned, plan
+from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
+
+
+DEQUANTIZE = torch.ops.qcompile.dequantize.default
 
 
 @dataclass(frozen=True)
@@ -254,6 +259,13 @@ class Lowering:
         self.values[node] = Value(value.expr, layout, value.dtype)
 
 
+    def define_float(self, node: fx.Node, expr: Any) -> None:
+        """`node` is computed in float by `expr`."""
+        self.kernels[node.name] = "float"
+        if is_tensor(node):
+            self.values[node] = Value(expr, None, str(node.meta["val"].dtype).removeprefix("torch."))
+
+
 def _inner(shape: tuple[Dim, ...], channels_last: bool) -> int:
     return int(shape[1] if channels_last else shape[-1]) if shape else 1
 
@@ -282,8 +294,6 @@ def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Loweri
     Raises:
         BuildError: an operator or a shape that cannot be lowered; names the place.
     """
-    from qcompile.targets import islands  # here: islands lower whole subgraphs and need Lowering
-
     low = Lowering(program, target)
     nodes = list(program.graph.nodes)
     for node in nodes:
@@ -295,7 +305,7 @@ def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Loweri
         for n in program.placeholders()
     ]
     tables = relax.Var("constants", relax.TupleType([relax.TensorType(dtype=d, ndim=1) for d in POOLS]))
-    groups = islands.find(program.graph)
+    float_ops = FloatOps(low)
     with low.builder.function("main", [*inputs, tables]):
         with low.builder.dataflow():
             for i, dtype in enumerate(POOLS):
@@ -303,12 +313,14 @@ def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Loweri
             for node, var in zip(program.placeholders(), inputs, strict=True):
                 _input(low, node, var)
             for node in nodes:
-                if node in groups:
-                    islands.lower(low, groups[node], node)
-                elif node.op == "call_function" and is_tensor(node):
-                    if node.target not in emitters:
-                        raise low.error(node, "no kernel for this operator")
+                if node.op != "call_function":
+                    continue
+                if node.target in emitters and (is_int8(node) or node.target is DEQUANTIZE):
                     emitters[node.target](low, node)
+                elif is_int8(node):
+                    raise low.error(node, "no kernel for this operator")
+                elif not isinstance(node.meta.get("val"), (torch.SymInt, int)):
+                    low.define_float(node, float_ops.emit(node))
             outputs = [_output(low, n) for n in program.outputs()]
             result = low.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
         low.builder.emit_func_output(result)
