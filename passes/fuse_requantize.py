@@ -20,13 +20,12 @@ from qcompile.ir import LedgerRow, Program, Property, QParams, add_constant, con
 from qcompile.ops.row import Output, QValue, Site, Weight
 from qcompile.ops.unary import clamp_bounds
 from qcompile.passes.base import Context, Pass
-from qcompile.sites import STAYS_FLOAT, Group, computes_no_reals, is_computed, is_shape, read
+from qcompile.sites import COVERS, STAYS_FLOAT, Group, computes_no_reals, is_computed, is_shape, read
 
 qd = torch.ops.quantized_decomposed
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
 _WEIGHT = qd.dequantize_per_channel.default
 _MARKS = (_QUANTIZE, _DEQUANTIZE, _WEIGHT)
-COVERS = "covers"  # meta key of an integer node: the names of the ATen nodes that it computes
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,12 @@ def _ledger(program: Program, groups: list[Group]) -> list[LedgerRow]:
     for node in program.graph.nodes:
         if not is_computed(node) or node.target in _MARKS:
             continue
-        row, reason = ops.match(node)
+        _, reason = ops.match(node)
         kind, kernel = "float", ""
         if node in member_of:
             kernel = member_of[node].row.name
             kind, reason = "shape" if is_shape(member_of[node].row) else "integer", ""
-        elif computes_no_reals(node) or is_shape(row):
+        elif computes_no_reals(node) or is_shape(ops.find(node)):
             kind, reason = "shape", ""
         else:
             reason = node.meta.get(STAYS_FLOAT) or reason or "its operands or its output are not quantized"

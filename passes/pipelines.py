@@ -13,6 +13,7 @@ from qcompile.passes.base import Pass
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.fold_batchnorm import FoldBatchnorm
+from qcompile.passes.fold_padding import FoldPadding
 from qcompile.passes.fuse_requantize import FuseRequantize
 from qcompile.passes.insert_observers import InsertObservers
 from qcompile.passes.quantize import Quantize
@@ -88,7 +89,15 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             same for every configuration.
     """
     pipeline = Pipeline(
-        (Canonicalize(), FoldBatchnorm(), InsertObservers(), Calibrate(), Quantize(), FuseRequantize())
+        (
+            Canonicalize(),
+            FoldBatchnorm(),
+            InsertObservers(),
+            Calibrate(),
+            Quantize(),
+            FuseRequantize(),
+            FoldPadding(),
+        )
     )
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
         made = entry.load()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.arith import QMAX, QMIN
@@ -236,7 +237,9 @@ class _Shapes(fx.Interpreter):
 def propagate(program: Program) -> None:
     """Recompute ``meta["val"]`` of every node from the placeholders' own."""
     mode = fake_mode(program.graph_module)
-    with mode, torch.no_grad():
+    # Without the Python dispatcher some ATen kernels (constant_pad_nd) ask for a size as a number,
+    # which would pin a dynamic dimension to the example's.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         _Shapes(program.graph_module, mode).run(*[p.meta["val"] for p in program.placeholders()])
 
 

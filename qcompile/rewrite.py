@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from qcompile.ir import Program, copy_meta, fake_mode
 
@@ -42,7 +43,7 @@ def call(program: Program, like: fx.Node, target: Any, *args: Any, **kwargs: Any
     node = program.graph.call_function(target, args, kwargs)
     mode = fake_mode(program.graph_module)
     values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         node.meta["val"] = target(*values[0], **values[1])
     return copy_meta(node, like)
 

@@ -21,6 +21,7 @@ from qcompile.ops.row import Output, Row
 from qcompile.ops.unary import clamp_bounds
 
 aten = torch.ops.aten
+COVERS = "covers"  # node.meta key of an integer operator: the names of the ATen nodes that it computes
 STAYS_FLOAT = "stays_float"  # node.meta key: why a node that a row could take is not quantized
 
 
