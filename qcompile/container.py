@@ -6,8 +6,8 @@ is fixed in length and holds the format version and a SHA-256:
 
     "qcompile-qcm <version, 4 digits> sha256 <hex>"
 
-That digest covers every byte outside the members and the manifest, the manifest holds the SHA-256
-of every other member: so any flipped, missing or added byte is found. This protects against
+That digest covers the manifest and every byte before it that is in no member; the manifest holds the
+SHA-256 of every other member. So any flipped, missing or added byte is found. This protects against
 damage, not against forgery: who can write the file can write matching hashes. Load artifacts only
 from whom you would take a program.
 """
@@ -32,7 +32,8 @@ FORMAT = 1
 ALIGNMENT = 64
 MANIFEST = "manifest.json"
 _COMMENT = b"qcompile-qcm %04d sha256 %s"
-_COMMENT_BYTES = len(_COMMENT % (FORMAT, b"0" * 64))
+_DIGEST_BYTES = 64
+_COMMENT_BYTES = len(_COMMENT % (FORMAT, b"0" * _DIGEST_BYTES))
 _LOCAL_HEADER = 30  # bytes before the name in a zip's local file header
 _BROKEN = (zipfile.BadZipFile, struct.error, ValueError, KeyError, EOFError, OverflowError, NotImplementedError)
 _COPY_AGAIN = "copy or download the file again, or save it again"
@@ -67,20 +68,19 @@ def encode(manifest: Mapping[str, Any], members: Mapping[str, Buffer]) -> memory
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         _put(archive, MANIFEST, text)
         spans = [_put(archive, name, data) for name, data in members.items()]
-        archive.comment = _COMMENT % (manifest["format"], b"0" * 64)
+        archive.comment = _COMMENT % (manifest["format"], b"0" * _DIGEST_BYTES)
     whole = out.getbuffer()
-    digest = _outside(whole, spans)
-    whole[-_COMMENT_BYTES:] = _COMMENT % (manifest["format"], digest.encode())
+    whole[-_DIGEST_BYTES:] = _outside(whole, spans)
     return whole
 
 
-def _outside(whole: Buffer, spans: list[tuple[int, int]]) -> str:
-    """SHA-256 of `whole` without its comment and without `spans` (in order)."""
+def _outside(whole: Buffer, spans: list[tuple[int, int]]) -> bytes:
+    """SHA-256 of `whole` without `spans` (in order) and without the digest at its end."""
     view, parts, at = memoryview(whole), [], 0
     for begin, end in spans:
         parts.append(view[at:begin])
         at = end
-    return _digest([*parts, view[at:-_COMMENT_BYTES]])
+    return _digest([*parts, view[at:-_DIGEST_BYTES]]).encode()
 
 
 def write_atomically(path: Path, data: Buffer) -> None:
@@ -153,7 +153,7 @@ def decode(whole: memoryview, where: str) -> tuple[dict[str, Any], dict[str, mem
     return manifest, members
 
 
-def _read_comment(whole: memoryview, where: str) -> str:
+def _read_comment(whole: memoryview, where: str) -> bytes:
     """The digest in the comment, after checking that this is an artifact of a format we read."""
     fields = bytes(whole[-_COMMENT_BYTES:]).split(b" ")
     if len(fields) != 4 or fields[0] != b"qcompile-qcm" or not fields[1].isdigit():
@@ -166,7 +166,7 @@ def _read_comment(whole: memoryview, where: str) -> str:
             where=where,
             remedy="upgrade qcompile on this machine, or save the artifact with the older version",
         )
-    return fields[3].decode("ascii", "replace")
+    return fields[3]
 
 
 def _span(whole: memoryview, info: zipfile.ZipInfo) -> tuple[int, int]:

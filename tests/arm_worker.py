@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -19,20 +19,20 @@ from qcompile.errors import QcompileError
 from qcompile.runtime import Model, load
 
 
-def send(stream: BinaryIO, text: str, arrays: Sequence[np.ndarray] = ()) -> None:
+def send(stream: IO[bytes], text: str, arrays: Sequence[np.ndarray] = ()) -> None:
     first, second = text.encode(), tensors.encode({str(i): array for i, array in enumerate(arrays)})
     stream.write(struct.pack("<QQ", len(first), len(second)) + first + second)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[str, list[np.ndarray]]:
+def receive(stream: IO[bytes]) -> tuple[str, list[np.ndarray]]:
     """Raises EOFError when the other side has gone."""
     lengths = struct.unpack("<QQ", _read(stream, 16))
     text, data = (_read(stream, length) for length in lengths)
     return text.decode(), list(tensors.decode(data).values())
 
 
-def _read(stream: BinaryIO, length: int) -> bytes:
+def _read(stream: IO[bytes], length: int) -> bytes:
     data = stream.read(length)
     if len(data) != length:
         raise EOFError

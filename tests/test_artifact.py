@@ -39,7 +39,7 @@ def _artifact(seed: int = 0) -> Artifact:
                 {
                     "weight": rng.integers(-128, 128, (5, 7), dtype=np.int8),
                     "nothing": np.empty((0, 4), np.float32),
-                    "scalar": np.float32(rng.random()).reshape(()),
+                    "scalar": np.asarray(rng.random(), np.float32),
                     "bias": rng.integers(-9, 9, 5, dtype=np.int32),
                 },
             )

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.script import ir as I  # noqa: N812 - TVMScript parses these names
-from tvm.script import relax as R  # noqa: N812
-from tvm.script import tirx as T  # noqa: N812
+from tvm.script import ir as I
+from tvm.script import relax as R
+from tvm.script import tirx as T
 
 from qcompile.artifact import Artifact, CoverageRow, Golden, PassRow, TensorSpec, Variant
 
@@ -34,10 +34,10 @@ TARGETS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], str]] = {
 @I.ir_module
 class _Module:
     @T.prim_func
-    def matmul(x: T.handle, w: T.Buffer((N, K), "int8"), b: T.Buffer((N,), "int32"), y: T.handle):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def matmul(x: T.handle, w: T.Buffer((N, K), "int8"), b: T.Buffer((N,), "int32"), y: T.handle):  # type: ignore[no-untyped-def, valid-type]
         n = T.int64()
-        X = T.match_buffer(x, (n, K), "int8")  # noqa: N806
-        Y = T.match_buffer(y, (n, N), "int32")  # noqa: N806
+        X = T.match_buffer(x, (n, K), "int8")
+        Y = T.match_buffer(y, (n, N), "int32")
         T.func_attr({"global_symbol": "matmul", "tirx.noalias": True})
         for i in T.parallel(n):
             for j in T.serial(N):
@@ -46,7 +46,7 @@ class _Module:
                     Y[i, j] = Y[i, j] + T.cast(X[i, k], "int32") * T.cast(w[j, k], "int32")
 
     @R.function
-    def main(x: R.Tensor(("n", K), "int8"), constants: R.Tuple(R.Tensor((N, K), "int8"), R.Tensor((N,), "int32"))):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    def main(x: R.Tensor(("n", K), "int8"), constants: R.Tuple(R.Tensor((N, K), "int8"), R.Tensor((N,), "int32"))):  # type: ignore[no-untyped-def, valid-type]
         n = T.int64()
         cls = _Module
         with R.dataflow():
