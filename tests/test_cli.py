@@ -1,0 +1,168 @@
+"""The command line: each command does its work, and a mistake is text and a 1, never a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from qcompile import device
+from qcompile.cli import app
+from qcompile.exported import load_exported
+from qcompile.runtime import load
+
+pytestmark = pytest.mark.skipif(device.machine()[0] != "x86_64", reason="the tiny model is built for x86-64")
+
+
+def qcompile(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tiny.artifact("x86-avx2").save(tmp_path / "model.qcm")
+    return tmp_path / "model.qcm"
+
+
+@pytest.mark.parametrize("name", ["x", "whatever"])
+def test_run_takes_arrays_and_leaves_arrays(model: Path, tmp_path: Path, name: str) -> None:
+    x = tiny.random_input(5)
+    arrays: dict[str, Any] = {name: x}
+    np.savez(tmp_path / "in.npz", **arrays)
+    result = qcompile("run", model, "--input", tmp_path / "in.npz", "--output", tmp_path / "out.npz", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as outputs:
+        assert outputs.files == ["y", "z", "b"]
+        np.testing.assert_array_equal(outputs["y"], tiny.expected(x))
+
+
+def test_inspect_shows_everything(model: Path) -> None:
+    result = qcompile("inspect", model)
+    assert result.exit_code == 0, result.output
+    for text in (
+        "int8 (batch 1..8, 64)",
+        "scale 0.5, zero point -3",
+        "avx2, fma",
+        "canonicalize",
+        "1 integer, 1 float, 0 shape",
+        "a reason to stay float",
+        "targets/x86-avx2/constants.safetensors",
+        "bit for bit",
+        "apache-tvm",
+    ):
+        assert text in result.output
+
+
+def test_inspect_works_for_a_processor_that_is_not_here(tmp_path: Path) -> None:
+    tiny.artifact("arm64-dotprod").save(tmp_path / "arm.qcm")
+    result = qcompile("inspect", tmp_path / "arm.qcm")
+    assert result.exit_code == 0, result.output
+    assert "is x86_64, not aarch64" in result.output
+
+
+def test_selftest_passes(model: Path) -> None:
+    result = qcompile("selftest", model)
+    assert result.exit_code == 0, result.output
+    assert "passed: 0 of 320 elements wrong" in result.output
+
+
+def test_targets_are_listed() -> None:
+    result = qcompile("targets")
+    assert result.exit_code == 0, result.output
+    for name in ("x86-avx512-vnni", "x86-avx2", "arm64-dotprod", "arm64-neon", "native"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("selftest", "{tmp}/nowhere.qcm"), "cannot be read: No such file"),
+        (("inspect", "{tmp}/in.npz"), "not a qcompile artifact"),
+        (("run", "{tmp}/model.qcm", "-i", "{tmp}/nowhere.npz", "-o", "{tmp}/out.npz"), "arrays cannot be read"),
+        (("run", "{tmp}/model.qcm", "-i", "{tmp}/model.qcm", "-o", "{tmp}/out.npz"), "arrays cannot be read"),
+        (("run", "{tmp}/model.qcm", "-i", "{tmp}/in.npz", "-o", "{tmp}/out.npz"), "dtype float32"),
+        (("selftest", "{tmp}/model.qcm", "--threads", "0"), "threads is 0"),
+        (("compile", "{tmp}/in.npz", "--calibration", "{tmp}/in.npz", "-o", "{tmp}/out.qcm"), "refuses the model"),
+        (("compile", "{tmp}/nowhere.pt2", "--calibration", "{tmp}/in.npz", "-o", "{tmp}/out.qcm"), "cannot be read"),
+    ],
+)
+def test_a_mistake_is_text_and_not_a_traceback(
+    model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    np.savez(tmp_path / "in.npz", x=np.random.default_rng(0).random((2, 64), np.float32))
+    result = qcompile(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "remedy:" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_the_commands_of_a_device_import_neither_torch_nor_the_compiler(model: Path) -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from qcompile.cli import app
+for command in ("inspect", "selftest"):
+    assert CliRunner().invoke(app, [command, sys.argv[1]]).exit_code == 0
+assert not {"torch", "tvm"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, str(model)], check=True)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)).eval()
+    torch.export.save(torch.export.export(net, (torch.randn(1, 3, 8, 8),)), tmp_path / "net.pt2")
+    return tmp_path / "net.pt2"
+
+
+def test_compile_makes_a_model_that_runs(exported: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", images=images)
+    result = qcompile(
+        "compile", exported, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "net.qcm", "--strict"
+    )
+    assert result.exit_code == 0, result.output
+    model = load(tmp_path / "net.qcm")
+    assert model.selftest().passed
+    with torch.no_grad():
+        wanted = load_exported(exported).module()(torch.from_numpy(images[:1])).numpy()
+    assert np.abs(model(images[:1]) - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+def test_calibration_arrays_must_have_equal_lengths(exported: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", a=np.ones((4, 3, 8, 8), np.float32), b=np.ones((5, 1), np.float32))
+    result = qcompile("compile", exported, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 1
+    assert "different numbers of samples (a: 4, b: 5)" in result.output
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pt2_file_with_pickled_code_is_not_run(tmp_path: Path, exported: Path) -> None:
+    """The sample inputs of an archive replaced by a pickle that would create a file."""
+    import pickle
+    import zipfile
+
+    marker = tmp_path / "was-run"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (marker,)  # type: ignore[return-value]
+
+    attack = tmp_path / "attack.pt2"
+    with zipfile.ZipFile(exported) as old, zipfile.ZipFile(attack, "w") as new:
+        for name in old.namelist():
+            held = "sample_inputs" in name
+            new.writestr(name, pickle.dumps(Evil()) if held else old.read(name))
+    result = qcompile("compile", attack, "--calibration", tmp_path / "x.npz", "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 1
+    assert not marker.exists()
