@@ -7,6 +7,7 @@ that lists other pickled objects is refused. Still, a model is a program: compil
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ def load_exported(path: Path) -> ExportedProgram:
             remedy="export it without custom objects, or call qcompile.compile from Python on a file that you trust",
         )
     try:
-        with _only_tensors():
+        with _only_tensors(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own internals here
             return torch.export.load(path)
     except Exception as error:  # whatever torch says of a file that it cannot read
         raise CaptureError(f"torch.export.load refuses the model: {error}", where=str(path), remedy=remedy) from error
