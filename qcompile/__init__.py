@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qcompile.compiler import compile as compile
     from qcompile.config import QuantConfig as QuantConfig
     from qcompile.errors import QcompileError as QcompileError
-    from qcompile.evaluate import evaluate as evaluate
+    from qcompile.evaluation import evaluate as evaluate
     from qcompile.quantizer import QuantizedModel as QuantizedModel
     from qcompile.quantizer import quantize as quantize
     from qcompile.runtime import load as load
@@ -31,7 +31,7 @@ _HOME = {
     "QuantConfig": "qcompile.config",
     "QuantizedModel": "qcompile.quantizer",
     "compile": "qcompile.compiler",
-    "evaluate": "qcompile.evaluate",
+    "evaluate": "qcompile.evaluation",
     "load": "qcompile.runtime",
     "quantize": "qcompile.quantizer",
 }
