@@ -3,8 +3,18 @@
 Before: observer(x). After: dequantize_per_tensor(quantize_per_tensor(x)); the float weight of an
 integer operator becomes dequantize_per_channel(int8). This is the PT2E convention.
 
-    weights   s_w[c] = max |w[c]| / 127, but at least |bias[c]| / (s_x * 2^30), so that the int32
+    weights   s_w[c] = r * max |w[c]| / 127, but at least |bias[c]| / (s_x * 2^30), so that the int32
               bias fits (an all-zero channel too)
+
+The ratio r in [0.7, 1] is chosen per channel. With e the rounding error of the channel's weights and
+inputs of mean m and variance v, the output is off by m * sum(e) on average and by v * sum(e^2) in
+variance. Where mean and deviation are alike, as behind a relu, the expected square of the error is
+proportional to
+
+    sum(e)^2 + sum(e^2)
+
+which is what r minimizes. (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+Correction", section 3.2, describe the shift m * sum(e); here the scale avoids it.)
 """
 
 from __future__ import annotations
@@ -25,6 +35,7 @@ from qcompile.sites import STAYS_FLOAT, Group, place, read
 
 qd = torch.ops.quantized_decomposed
 _BIAS_MAX = 2**30
+_SMALLEST_RATIO, _RATIOS = 0.7, 61
 
 
 @dataclass(frozen=True)
@@ -68,14 +79,27 @@ def _give_up(node: fx.Node) -> None:
 
 def quantize_weight(weight: Tensor, bias: Tensor | None, input_scale: float) -> Weight:
     """Symmetric int8, one scale per output channel (dimension 0 of `weight`)."""
-    real = weight.to(torch.float64)
-    scale = real.abs().flatten(1).amax(1) / WEIGHT_MAX if real[0].numel() else real.new_zeros(len(real))
+    rows = weight.to(torch.float32).flatten(1)
+    widest = rows.abs().amax(1) / WEIGHT_MAX if rows.shape[1] else rows.new_zeros(len(rows))
+    least = torch.zeros_like(widest)
     if bias is not None:
-        scale = torch.maximum(scale, bias.to(torch.float64).abs() / (input_scale * _BIAS_MAX))
-    scale = torch.where(scale > 2.0**-100, scale, 1.0).to(torch.float32)
-    spread = scale.to(torch.float64).reshape(-1, *[1] * (weight.dim() - 1))
-    q = torch.round(real / spread).clamp(-WEIGHT_MAX, WEIGHT_MAX).to(torch.int8)
-    return Weight(q, scale)
+        least = (bias.to(torch.float64).abs() / (input_scale * _BIAS_MAX)).to(torch.float32)
+    best, lowest = widest, torch.full_like(widest, torch.inf)
+    for ratio in torch.linspace(1.0, _SMALLEST_RATIO, _RATIOS):
+        scale = _positive(torch.maximum(widest * ratio, least))
+        error = _rounded(rows, scale).mul_(scale[:, None]).sub_(rows)
+        cost = error.sum(1).square() + error.square().sum(1)
+        best, lowest = torch.where(cost < lowest, scale, best), torch.minimum(cost, lowest)
+    return Weight(_rounded(rows, best).to(torch.int8).reshape(weight.shape), best)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """A channel of zeros has no scale of its own."""
+    return torch.where(scale > 2.0**-100, scale, 1.0)
+
+
+def _rounded(rows: Tensor, scale: Tensor) -> Tensor:
+    return torch.div(rows, scale[:, None]).round_().clamp_(-WEIGHT_MAX, WEIGHT_MAX)
 
 
 def _quantize_weight(program: Program, group: Group, input_scale: float) -> None:
