@@ -1,10 +1,11 @@
 """Rules: convolutions and matrix products with constant weights, in the forms `conv2d`, `conv1d`, `linear`.
 
-    conv(x, w, padding="same" or "valid")     ->  conv with numbers (and a constant_pad_nd where asymmetric)
-    convolution(x, w, ...)                    ->  conv2d, conv1d
-    conv(constant_pad_nd(x, p, 0), w)         ->  conv(x, w, padding + p)       p symmetric and spatial
-    matmul(x, W), mm(x, W)                    ->  linear(x, W^T)                W constant, 2-d
-    addmm(b, x, W), matmul(x, W) + b          ->  linear(x, W^T, b)
+pad(x, p, "constant", v)                  ->  constant_pad_nd(x, p, v)
+conv(x, w, padding="same" or "valid")     ->  conv with numbers (and a constant_pad_nd where asymmetric)
+convolution(x, w, ...)                    ->  conv2d, conv1d
+conv(constant_pad_nd(x, p, 0), w)         ->  conv(x, w, padding + p)       p symmetric and spatial
+matmul(x, W), mm(x, W)                    ->  linear(x, W^T)                W constant, 2-d
+addmm(b, x, W), matmul(x, W) + b          ->  linear(x, W^T, b)
 """
 
 from __future__ import annotations
@@ -69,6 +70,17 @@ def _plain_convolution(program: Program, node: fx.Node) -> fx.Node:
     conv = aten.conv2d.default if rank == 2 else aten.conv1d.default
     geometry = (per_dim(v, rank) for v in (stride, padding, dilation))
     return call(program, node, conv, x, weight, bias, *geometry, groups)
+
+
+def _check_constant_pad(program: Program, node: fx.Node) -> str | None:
+    mode = argument(node, 2, "constant")
+    return None if mode == "constant" else f"its padding mode is {mode!r}"
+
+
+def _constant_pad(program: Program, node: fx.Node) -> fx.Node:
+    value = argument(node, 3, None)
+    amounts = node.args[1]
+    return call(program, node, aten.constant_pad_nd.default, node.args[0], amounts, 0.0 if value is None else value)
 
 
 def _check_pad(program: Program, node: fx.Node) -> str | None:
@@ -159,6 +171,7 @@ def _add_bias(program: Program, node: fx.Node) -> fx.Node:
 
 
 RULES = (
+    Rule("constant_pad", (aten.pad.default,), _check_constant_pad, _constant_pad),
     Rule("numeric_padding", (aten.conv2d.padding, aten.conv1d.padding), _always, _numeric_padding),
     Rule("plain_convolution", (aten.convolution.default,), _check_convolution, _plain_convolution),
     Rule("merge_padding", _CONVS, _check_pad, _merge_pad),
