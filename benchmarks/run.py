@@ -27,7 +27,6 @@ from benchmarks.engines import ENGINES, export_onnx
 from benchmarks.interleave import interleave, ratio
 from benchmarks.models import MODELS, multiply_accumulates
 from benchmarks.peak import dot_product_peak
-from examples.efficientnet_lite0 import sqnr
 from examples.photographs import crops
 
 OURS = "qcompile"
@@ -65,9 +64,13 @@ def prepare(name: str, engines: list[str], folder: Path) -> dict[str, Any]:
         prepared["paths"][engine] = path
         run = ENGINES[engine].load(path, os.cpu_count() or 1)
         actual = torch.cat([torch.from_numpy(np.array(run(x.numpy()))) for x in held_out])
-        prepared["sqnr_db"][engine] = sqnr(expected, actual)
+        prepared["sqnr_db"][engine] = _sqnr(expected, actual)
         prepared["agreement"][engine] = _agreement(expected, actual)
     return prepared
+
+
+def _sqnr(expected: Tensor, actual: Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()))
 
 
 def _agreement(expected: Tensor, actual: Tensor) -> float:

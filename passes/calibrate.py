@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,7 +36,7 @@ class Calibrate(Pass):
     def run(self, program: Program, context: Context) -> bool:
         if context.calibration is None:
             raise CalibrationError("no calibration data", remedy="pass calibration=an iterable of inputs")
-        total = len(context.calibration) if hasattr(context.calibration, "__len__") else None
+        total = len(context.calibration) if isinstance(context.calibration, Sized) else None
         done = 0
         for index, batch in enumerate(context.calibration):
             for inputs in check_batch(program.inputs, batch, index):

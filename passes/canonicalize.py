@@ -11,10 +11,13 @@ from typing import ClassVar
 
 from qcompile import rewrite
 from qcompile.ir import Program, Property
-from qcompile.passes import rules_activation, rules_identity, rules_pool, rules_weighted
 from qcompile.passes.base import Context, Pass
+from qcompile.passes.rules_activation import RULES as ACTIVATION
+from qcompile.passes.rules_identity import RULES as IDENTITY
+from qcompile.passes.rules_pool import RULES as POOL
+from qcompile.passes.rules_weighted import RULES as WEIGHTED
 
-RULES = (*rules_identity.RULES, *rules_weighted.RULES, *rules_pool.RULES, *rules_activation.RULES)
+RULES = (*IDENTITY, *WEIGHTED, *POOL, *ACTIVATION)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Rules: operators that do nothing here, constants that can be computed now, and multi-output splits.
 
-    dropout(x), clone(x), detach(x), to(x, its own type), reshape(x, its own shape)  ->  x
-    op(constants)                                                                   ->  a constant
-    split(x)[i], chunk(x)[i], unbind(x)[i]                                          ->  slice(x), select(x)
+dropout(x), clone(x), detach(x), to(x, its own type), reshape(x, its own shape)  ->  x
+op(constants)                                                                   ->  a constant
+split(x)[i], chunk(x)[i], unbind(x)[i]                                          ->  slice(x), select(x)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Rules: averages over space and one-dimensional pooling, in the forms of the op table.
 
-    mean(x, (2, 3))                ->  adaptive_avg_pool2d(x, 1)  (-> squeeze)      any order, negative or not
-    mean(x, 2), x 3-d              ->  the same behind an unsqueeze
-    pool1d(x)                      ->  squeeze(pool2d(unsqueeze(x, 2)), 2)
-    max_pool2d_with_indices(x)[0]  ->  max_pool2d(x)
+mean(x, (2, 3))                ->  adaptive_avg_pool2d(x, 1)  (-> squeeze)      any order, negative or not
+mean(x, 2), x 3-d              ->  the same behind an unsqueeze
+pool1d(x)                      ->  squeeze(pool2d(unsqueeze(x, 2)), 2)
+max_pool2d_with_indices(x)[0]  ->  max_pool2d(x)
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ RULES = (
     # kernel, stride, padding, dilation, ceil_mode
     Rule("max_pool1d", (aten.max_pool1d.default,), _check_pool1d, _pool1d(aten.max_pool2d.default, (1, 1, 0, 1, None))),
     # kernel, stride, padding, ceil_mode, count_include_pad
-    Rule("avg_pool1d", (aten.avg_pool1d.default,), _check_pool1d, _pool1d(aten.avg_pool2d.default, (1, 1, 0, None, None))),
+    Rule(
+        "avg_pool1d", (aten.avg_pool1d.default,), _check_pool1d, _pool1d(aten.avg_pool2d.default, (1, 1, 0, None, None))
+    ),
     Rule(
         "adaptive_avg_pool1d",
         (aten.adaptive_avg_pool1d.default,),

@@ -143,7 +143,7 @@ def _check_node(node: fx.Node) -> None:
             remedy="compute both branches and choose with torch.where, or unroll the loop",
             **here,
         )
-    trains = node.target in _TRAINING_NORMS
+    trains: Any = node.target in _TRAINING_NORMS
     if node.target is aten.batch_norm.default:
         trains = bool(node.args[5])
     if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
@@ -169,7 +169,8 @@ def _unlift(exported: ExportedProgram) -> fx.GraphModule:
                 env[node] = graph.node_copy(node)
             elif node.users:
                 raise CaptureError(
-                    f"the input {node.name!r} is not a tensor", remedy="pass it as a tensor, or fix its value in the model"
+                    f"the input {node.name!r} is not a tensor",
+                    remedy="pass it as a tensor, or fix its value in the model",
                 )
             continue
         env[node] = _constant_node(graph_module, node, _constant_value(exported, spec), str(spec.target))

@@ -1,6 +1,6 @@
 """compile(): the whole flow, from a float model to a callable that runs int8 machine code.
 
-    capture -> passes -> integer program -> lower -> build -> artifact -> model
+capture -> passes -> integer program -> lower -> build -> artifact -> model
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from qcompile.ir import Program, shape_of
 from qcompile.manager import PassRecord
 from qcompile.passes import Pipeline
 from qcompile.passes.base import Progress
-from qcompile.passes.fuse_requantize import COVERS
 from qcompile.quantizer import QuantizedModel, quantize
 from qcompile.runtime import Model
+from qcompile.sites import COVERS
 from qcompile.targets import Target, get
 from qcompile.targets.build import build
 from qcompile.targets.capability import objection
@@ -147,7 +147,9 @@ def compile_program(
 
 def coverage_rows(program: Program, kernels: Mapping[str, str]) -> tuple[CoverageRow, ...]:
     """The ledger, with the kernel that computes each operator (several share one where they are fused)."""
-    computes = {covered: kernels[n.name] for n in program.graph.nodes for covered in n.meta.get(COVERS, ()) if n.name in kernels}
+    computes = {
+        covered: kernels[n.name] for n in program.graph.nodes for covered in n.meta.get(COVERS, ()) if n.name in kernels
+    }
     return tuple(
         CoverageRow(r.op, r.node, r.kind, computes.get(r.node, r.kernel), r.reason, r.where)
         for r in program.ledger.rows

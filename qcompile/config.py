@@ -36,9 +36,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.observer not in OBSERVER_NAMES:
-            raise ConfigError(
-                f"unknown observer {self.observer!r}", remedy=f"use one of {', '.join(OBSERVER_NAMES)}"
-            )
+            raise ConfigError(f"unknown observer {self.observer!r}", remedy=f"use one of {', '.join(OBSERVER_NAMES)}")
         if not 50 < self.percentile <= 100:
             raise ConfigError(f"percentile is {self.percentile}", remedy="use a value in (50, 100], such as 99.99")
         if not 0 < self.averaging <= 1:

@@ -111,7 +111,7 @@ def _spec(exported: ExportedProgram, node: fx.Node, names: dict[str, str]) -> In
 
 def output_structure(exported: ExportedProgram) -> Any:
     """How the flat outputs nest: see `Program.output_structure`. None stands for an output that is None."""
-    out_spec: Any = exported.module_call_graph[0].signature.out_spec  # type: ignore[union-attr]
+    out_spec: Any = exported.module_call_graph[0].signature.out_spec
     (output,) = (n for n in exported.graph.nodes if n.op == "output")
     count = iter(range(len(output.args[0])))
     flat = [None if value is None else _Leaf(next(count)) for value in output.args[0]]

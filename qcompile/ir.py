@@ -124,7 +124,7 @@ class Program:
         """The flat list of output nodes."""
         (out,) = (n for n in self.graph.nodes if n.op == "output")
         args = out.args[0]
-        return list(args) if isinstance(args, (tuple, list)) else [args]  # type: ignore[list-item,arg-type]
+        return list(args) if isinstance(args, (tuple, list)) else [args]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph eagerly; returns the flat outputs."""

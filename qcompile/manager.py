@@ -130,13 +130,15 @@ def _run_pass(step: Pass, program: Program, context: Context, outputs: Interface
         raise  # already says what was wrong and where
     except IllegalGraph as error:
         raise _pass_error(step, ran, f"{doing}: {error.reason}", error.node) from error
-    except Exception as error:  # noqa: BLE001 - a pass is foreign code: whatever it raises is reported under its name
+    except Exception as error:
         raise _pass_error(step, ran, f"{doing}: {type(error).__name__}: {error}", None) from error
     return changed
 
 
 def _pass_error(step: Pass, ran: list[str], what: str, node: fx.Node | None) -> PassError:
-    place = f"pass {step.name!r} ({type(step).__module__}.{type(step).__qualname__}), after {', '.join(ran) or 'capture'}"
+    place = (
+        f"pass {step.name!r} ({type(step).__module__}.{type(step).__qualname__}), after {', '.join(ran) or 'capture'}"
+    )
     if node is not None:
         place += f"; node {node.name}" + (f" of module {where(node)}" if where(node) else "")
     return PassError(

@@ -124,9 +124,7 @@ class Percentile(Observer):
         first, last = int((below <= tail).sum()), self.BINS - int((above <= tail).sum())
         width = 2 * self.reach / self.BINS
         # A bin's far edge may lie beyond every value that was seen.
-        return qparams_from_range(
-            max(self.low, first * width - self.reach), min(self.high, last * width - self.reach)
-        )
+        return qparams_from_range(max(self.low, first * width - self.reach), min(self.high, last * width - self.reach))
 
 
 class Shared(Observer):

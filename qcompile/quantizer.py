@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,6 @@ def _peek(calibration: Iterable[Any]) -> tuple[Iterable[Any], Any]:
             "the calibration data is empty",
             remedy="pass at least one batch; a generator that was read before is empty, so make a new one",
         ) from None
-    if hasattr(calibration, "__len__"):
+    if isinstance(calibration, Sized):
         return _Sized(first, batches, len(calibration)), first
     return _Again(first, batches), first

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from qcompile import ops
 from qcompile.ir import is_constant, is_tensor, shape_of, where
-from qcompile.ops.row import Output, Row
+from qcompile.ops.row import Row
 from qcompile.ops.unary import clamp_bounds
 
 aten = torch.ops.aten
@@ -210,7 +210,7 @@ def is_computed(node: fx.Node) -> bool:
 def computes_no_reals(node: fx.Node) -> bool:
     """Whether `node` has to do with sizes, indices or masks only."""
     reals = [n for n in (node, *node.all_input_nodes) if _holds_reals(n.meta.get("val"))]
-    return not reals or not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list))
+    return not reals or (not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list)))
 
 
 def _holds_reals(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """A program as text: one line per node, for dumps, golden tests and `inspect`.
 
-    conv2d: f32[1, 8, 9, 9] = aten.conv2d(x, conv_weight, conv_bias, [1, 1], [1, 1])  # layer1.conv
+conv2d: f32[1, 8, 9, 9] = aten.conv2d(x, conv_weight, conv_bias, [1, 1], [1, 1])  # layer1.conv
 """
 
 from __future__ import annotations

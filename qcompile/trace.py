@@ -25,7 +25,11 @@ def user_line(error: BaseException) -> str | None:
             text = linecache.getline(name, trace.tb_lineno).strip()
             found = f"{name}:{trace.tb_lineno}, in {code.co_name}: {text}"
         trace = trace.tb_next
-    return found if found is not None and "in forward" in found or error.__cause__ is None else user_line(error.__cause__)
+    return (
+        found
+        if (found is not None and "in forward" in found) or error.__cause__ is None
+        else user_line(error.__cause__)
+    )
 
 
 def export_refused(error: Exception) -> CaptureError:

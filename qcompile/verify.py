@@ -101,4 +101,8 @@ def _mixes_int8(node: fx.Node) -> str | None:
     if not any(n.meta["val"].dtype is torch.int8 for n in takes) or node.target is torch.ops.aten.sym_size.int:
         return None
     row = ops.find(node)
-    return None if row is not None and row.schema is None else f"{node.target} computes on int8 values as if they were real"
+    return (
+        None
+        if row is not None and row.schema is None
+        else f"{node.target} computes on int8 values as if they were real"
+    )

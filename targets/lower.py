@@ -28,7 +28,6 @@ from qcompile.targets.float_ops import FloatOps
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, product
 from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
 
-
 DEQUANTIZE = torch.ops.qcompile.dequantize.default
 
 
@@ -174,9 +173,7 @@ class Lowering:
     def fill(self, node: fx.Node) -> int:
         return self.planned[node].fill
 
-    def use(
-        self, node: fx.Node, channels_last: bool, halo: Halo = NO_HALO, fill: int = 0, pitch: int = PITCH
-    ) -> Value:
+    def use(self, node: fx.Node, channels_last: bool, halo: Halo = NO_HALO, fill: int = 0, pitch: int = PITCH) -> Value:
         """The value of `node` in a layout of the asked kind, copied when it is in another.
 
         `halo` is the margin that must hold `fill`; `pitch` what the allocated channels must be a multiple of.
@@ -257,7 +254,6 @@ class Lowering:
             value = self.dense(x)
             layout = dense(shape)
         self.values[node] = Value(value.expr, layout, value.dtype)
-
 
     def define_float(self, node: fx.Node, expr: Any) -> None:
         """`node` is computed in float by `expr`."""
@@ -341,6 +337,8 @@ def _input(low: Lowering, node: fx.Node, var: relax.Var) -> None:
 def _output(low: Lowering, node: fx.Node) -> relax.Expr:
     value = low.values[node]
     if value.layout is None:
-        return value.expr if len(value.expr.ty.shape) == len(low.shape(node)) else low.shaped(value.expr, low.shape(node))
+        return (
+            value.expr if len(value.expr.ty.shape) == len(low.shape(node)) else low.shaped(value.expr, low.shape(node))
+        )
     plain = low.copy(node, value, dense(low.shape(node)), 0, "int8")
     return low.shaped(plain.expr, low.shape(node))

@@ -69,7 +69,7 @@ def rank(node: fx.Node) -> int:
 def padding_of(conv: fx.Node) -> Halo:
     """(top, bottom, left, right) of an integer convolution."""
     pads: Any = conv.args[9]
-    return tuple(pads) if conv.target is q.conv2d.default else (0, 0, *pads)  # type: ignore[return-value]
+    return tuple(pads) if conv.target is q.conv2d.default else (0, 0, *pads)
 
 
 def _convolutions(node: fx.Node) -> list[fx.Node]:
@@ -80,7 +80,7 @@ def _convolutions(node: fx.Node) -> list[fx.Node]:
 
 def _zero_point(node: fx.Node) -> int | None:
     """The zero point that the operator of `node` states for its output, if it does."""
-    position = {
+    positions: dict[Any, int] = {
         q.quantize.default: 2,
         q.conv2d.default: 5,
         q.conv1d.default: 5,
@@ -90,7 +90,8 @@ def _zero_point(node: fx.Node) -> int | None:
         q.cat.default: 4,
         q.avg_pool2d.default: 9,
         q.adaptive_avg_pool2d.default: 4,
-    }.get(node.target)
+    }
+    position = positions.get(node.target)
     return None if position is None else int(node.args[position])  # type: ignore[arg-type]
 
 
@@ -107,11 +108,7 @@ def _channels_last(nodes: list[fx.Node]) -> set[fx.Node]:
         per_channel = node.target is q.lookup.default and rank(node.args[1]) == 2  # type: ignore[arg-type]
         if node.target in CHANNELS_LAST or per_channel or any(u.target in CHANNELS_LAST for u in node.users):
             votes.add(groups.find(node))
-    return {
-        n
-        for n in nodes
-        if 3 <= rank(n) <= 4 and n.target is not q.linear.default and groups.find(n) in votes
-    }
+    return {n for n in nodes if 3 <= rank(n) <= 4 and n.target is not q.linear.default and groups.find(n) in votes}
 
 
 def plan(graph: fx.Graph, shapes: dict[fx.Node, tuple[Dim, ...]]) -> dict[fx.Node, Planned]:

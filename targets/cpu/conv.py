@@ -63,9 +63,7 @@ class ConvShape:
         if not pointwise or any(layout.halo != NO_HALO for layout in layouts):
             return self
         residual = self.residual.flattened() if self.residual else None
-        return ConvShape(
-            self.x.flattened(), self.y.flattened(), residual, (1, 1), (1, 1), (0, 0), (1, 1), self.groups
-        )
+        return ConvShape(self.x.flattened(), self.y.flattened(), residual, (1, 1), (1, 1), (0, 0), (1, 1), self.groups)
 
 
 def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
@@ -118,7 +116,9 @@ class PackedWeights:
     fours: int
 
 
-def pack(weight: np.ndarray, shape: ConvShape, config: ConvConfig, isa: InstructionSet, dot: DotProduct) -> PackedWeights:
+def pack(
+    weight: np.ndarray, shape: ConvShape, config: ConvConfig, isa: InstructionSet, dot: DotProduct
+) -> PackedWeights:
     """`weight` (out channels, in channels / groups, KH, KW) int8 -> the kernel's order."""
     oc, per_in, kh, kw = weight.shape
     block = config.vectors * isa.lanes

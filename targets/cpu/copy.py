@@ -36,9 +36,7 @@ def _chunks(extent: int, widest: int) -> Iterator[tuple[int, int, int]]:
         start += lanes * repeats
 
 
-def _walk(
-    shape: tuple[Dim, ...], inner: int, widest: int, body: Callable[[tuple[Any, ...], int], None]
-) -> None:
+def _walk(shape: tuple[Dim, ...], inner: int, widest: int, body: Callable[[tuple[Any, ...], int], None]) -> None:
     """Call `body(index, lanes)` for every logical index, vectors along dimension `inner`."""
     order = [d for d in range(len(shape)) if d != inner]
     outer, rest = order[:2], order[2:]

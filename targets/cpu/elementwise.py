@@ -1,8 +1,8 @@
 """Elementwise operators on activations: add (and subtract), multiply, table lookup.
 
-    add   r = fma(f32(b - b_zp), b_m, f32(a - a_zp) * a_m), then clamp, round, zero point
-    mul   acc = (a - a_zp) * (b - b_zp), then requantize
-    lookup  one byte per value; the table is stored in the order and type that activations are
+add   r = fma(f32(b - b_zp), b_m, f32(a - a_zp) * a_m), then clamp, round, zero point
+mul   acc = (a - a_zp) * (b - b_zp), then requantize
+lookup  one byte per value; the table is stored in the order and type that activations are
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, function, load, parallel, splat, store, widen
+from qcompile.targets.cpu.emit import Kernel, function, llvm, load, parallel, splat, store, widen
 from qcompile.targets.layout import Dim, Layout, align
 
 SMALL = 1 << 14  # elements; below this a thread-pool launch costs more than it saves
@@ -35,10 +35,7 @@ def at(layout: Layout, out: Layout, n: Any, h: Any, w: Any, c: Any) -> tuple[Any
     """The position of an operand's element for output element (n, h, w, c), broadcasting extents of one;
     and whether the operand has a single channel that is repeated."""
     mine, theirs = _extents(layout), _extents(out)
-    index = [
-        0 if isinstance(extent, int) and extent == 1 else i
-        for extent, i in zip(mine, (n, h, w, c), strict=True)
-    ]
+    index = [0 if isinstance(extent, int) and extent == 1 else i for extent, i in zip(mine, (n, h, w, c), strict=True)]
     repeated = mine[3] == 1 and theirs[3] != 1
     return layout.offset(*index), repeated
 
@@ -66,12 +63,12 @@ def _binary(
 
         def pixel(n: Any, h: Any, w: Any) -> None:
             with T.serial(0, vectors) as v:
-                operands = []
+                operands: list[Any] = []
                 for buffer, layout in zip(buffers, (a, b), strict=True):
                     position, repeated = at(layout, y, n, h, w, v * lanes)
                     value = splat(buffer[position], lanes) if repeated else load(buffer, position, lanes)
                     operands.append(value)
-                store(out, y.offset(n, h, w, v * lanes), compute(*operands, integers, floats), lanes)
+                store(out, y.offset(n, h, w, v * lanes), compute(operands[0], operands[1], integers, floats), lanes)
 
         with launch(width if one_line else batch * height, y.size) as i:
             if one_line:
@@ -101,7 +98,7 @@ def add(
     def compute(left: Any, right: Any, integers: Any, floats: Any) -> Any:
         product = epilogue.centre(left, integers[2], lanes) * splat(floats[3], lanes)
         other = epilogue.centre(right, integers[1], lanes)
-        real = epilogue.llvm("float32", lanes, "llvm.fma", other, splat(floats[2], lanes), product)
+        real = llvm("float32", lanes, "llvm.fma", other, splat(floats[2], lanes), product)
         return epilogue.finish(real, integers, floats, isa, lanes)
 
     integers, floats = numbers.integers(isa), numbers.floats()
@@ -125,9 +122,7 @@ def mul(
     lanes = isa.lanes
 
     def compute(left: Any, right: Any, integers: Any, floats: Any) -> Any:
-        factors = [
-            widen(stored, "int32", lanes) - splat(integers[i], lanes) for stored, i in ((left, 2), (right, 1))
-        ]
+        factors = [widen(stored, "int32", lanes) - splat(integers[i], lanes) for stored, i in ((left, 2), (right, 1))]
         return epilogue.requantize(factors[0] * factors[1], splat(floats[3], lanes), integers, floats, isa, lanes)
 
     integers, floats = numbers.integers(isa), numbers.floats()

@@ -3,8 +3,9 @@
 A generated function takes flat buffers: the activations, then one buffer per element type that
 holds the constants of the whole network, then where this call's constants begin in them and the
 dynamic dimensions as int64 scalars, then the output. So a network has a handful of constant tensors
-(each one costs time at every call), and layers of one shape share one function. Its outermost loops are parallel; everything that
-should live in registers is written out (unrolled) by Python, so that LLVM sees straight-line code.
+(each one costs time at every call), and layers of one shape share one function. Its outermost loops
+are parallel; everything that should live in registers is written out (unrolled) by Python, so that
+LLVM sees straight-line code.
 """
 
 from __future__ import annotations
@@ -68,9 +69,7 @@ class Arguments:
         for dtype in pools(list(arrays.values())):
             pool[dtype] = T.arg(dtype, T.buffer((tirx.Var(f"{dtype}_size", "int64"),), dtype))
         starts = [T.arg(f"{name}_start", tirx.Var(f"{name}_start", "int64")) for name in arrays]
-        return [
-            Window(pool[str(array.dtype)], start) for array, start in zip(arrays.values(), starts, strict=True)
-        ]
+        return [Window(pool[str(array.dtype)], start) for array, start in zip(arrays.values(), starts, strict=True)]
 
     def symbols(self, symbols: Sequence[tirx.Var]) -> None:
         """The dynamic dimensions, as scalars."""
@@ -88,11 +87,10 @@ class Function:
 def function(name: str) -> Iterator[tuple[Arguments, Function]]:
     """Build one PrimFunc; the body of the with statement emits its statements."""
     done = Function()
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"tirx.noalias": True})
-            yield Arguments(), done
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True})
+        yield Arguments(), done
     # Named when it joins a module, so that equal functions can be one.
     done.result = builder.get().without_attr("global_symbol")
 

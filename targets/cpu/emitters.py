@@ -73,9 +73,7 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     other = residual[0].layout if residual else None
     shape = ConvShape(x.layout, low.layout(node), other, (1, 1), (1, 1), (0, 0), (1, 1), 1)
     requantize = Requantize(a[5], a[6], a[7], **numbers)
-    kernel = conv(
-        shape, weight, low.tensor(a[2]), low.tensor(a[3]), a[4], requantize, low.target.isa, low.symbol_args
-    )
+    kernel = conv(shape, weight, low.tensor(a[2]), low.tensor(a[3]), a[4], requantize, low.target.isa, low.symbol_args)
     low.define(node, kernel, [x, *residual])
 
 
@@ -111,10 +109,15 @@ def _layouts(values: list[Value]) -> list[Layout]:
 def _add(low: Lowering, node: fx.Node) -> None:
     a: Any = node.args
     values = [_operand(low, node, operand) for operand in a[:2]]
+    left, right = _layouts(values)
     kernel = elementwise.add(
-        *_layouts(values),
+        left,
+        right,
         low.layout(node),
-        *a[2:6],
+        a[2],
+        a[3],
+        a[4],
+        a[5],
         Requantize(a[6], a[7], a[8]),
         low.target.isa,
         low.symbol_args,
@@ -125,10 +128,14 @@ def _add(low: Lowering, node: fx.Node) -> None:
 def _mul(low: Lowering, node: fx.Node) -> None:
     a: Any = node.args
     values = [_operand(low, node, operand) for operand in a[:2]]
+    left, right = _layouts(values)
     kernel = elementwise.mul(
-        *_layouts(values),
+        left,
+        right,
         low.layout(node),
-        *a[2:5],
+        a[2],
+        a[3],
+        a[4],
         Requantize(a[5], a[6], a[7]),
         low.target.isa,
         low.symbol_args,
@@ -167,14 +174,17 @@ def _cat(low: Lowering, node: fx.Node) -> None:
 
 
 def _max_pool2d(low: Lowering, node: fx.Node) -> None:
-    x, kernel_size, stride, padding, dilation, _ceil = node.args
-    value = low.use(x, True)  # type: ignore[arg-type]
+    a: Any = node.args
+    value = low.use(a[0], True)
     (layout,) = _layouts([value])
-    geometry = [tuple(v) for v in (kernel_size, stride, padding, dilation)]  # type: ignore[arg-type]
+    kernel_size, stride, padding, dilation = (tuple(v) for v in a[1:5])
     kernel = pool.max_pool(
         layout,
         low.layout(node),
-        *geometry,  # type: ignore[arg-type]
+        kernel_size,
+        stride,
+        padding,
+        dilation,
         low.fill(node),
         low.target.isa,
         low.symbol_args,
@@ -190,7 +200,13 @@ def _image(low: Lowering, node: fx.Node) -> tuple[int, int]:
 
 
 def _average(
-    low: Lowering, node: fx.Node, windows: list[np.ndarray], counts: np.ndarray, x_zero_point: int, ratio: float, zp: int
+    low: Lowering,
+    node: fx.Node,
+    windows: list[np.ndarray],
+    counts: np.ndarray,
+    x_zero_point: int,
+    ratio: float,
+    zp: int,
 ) -> None:
     """`windows`: per axis the (begin, end) of each window inside the image; `counts` (OH, OW): the divisors."""
     value = low.use(node.args[0], True)  # type: ignore[arg-type]
@@ -310,13 +326,13 @@ def _expand(low: Lowering, node: fx.Node) -> None:
 
 
 def _pad(low: Lowering, node: fx.Node) -> None:
-    x, pads, value = node.args[:3]
-    rank = len(low.shape(x))  # type: ignore[arg-type]
+    x, pads, value = list[Any](node.args[:3])
+    rank = len(low.shape(x))
     before = [0] * rank
-    for i, amount in enumerate(pads[::2]):  # type: ignore[index]
+    for i, amount in enumerate(pads[::2]):
         before[rank - 1 - i] = int(amount)
     take = tuple(Take(d) for d in range(rank))
-    low.gather(node, x, take, tuple(before), int(value))  # type: ignore[arg-type]
+    low.gather(node, x, take, tuple(before), int(value))
 
 
 EMITTERS: dict[Any, Emitter] = {
@@ -354,4 +370,3 @@ EMITTERS: dict[Any, Emitter] = {
         _view,
     ),
 }
-

@@ -127,5 +127,3 @@ def average_pool(
                 store(out, y.offset(n, h, w, v * lanes), value, lanes)
         epilogue.fill_halo(out, y, ints, isa)
     return Kernel("average_pool", done.result, (integers, floats))
-
-
