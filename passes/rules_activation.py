@@ -46,8 +46,13 @@ def _tree(node: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
 
     Walks down from `node`; the latest tensor that every path leads through is the source.
     """
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    inside, frontier = [node], set(_inputs(node))
+    return _close([node], node)
+
+
+def _close(inside: list[fx.Node], top: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
+    """The tree grown downwards from `top`, its lowest node so far, until one source is left."""
+    order = {n: i for i, n in enumerate(top.graph.nodes)}
+    frontier = set(_inputs(top))
     while len(frontier) > 1:
         latest = max(frontier, key=order.__getitem__)
         if latest.target not in _ELEMENTWISE or len(inside) == _LARGEST_TREE:
@@ -55,7 +60,7 @@ def _tree(node: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
         frontier.discard(latest)
         frontier.update(_inputs(latest))
         inside.append(latest)
-    return (inside[::-1], frontier.pop()) if frontier else None
+    return (sorted(inside, key=order.__getitem__), frontier.pop()) if frontier else None
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
@@ -91,7 +96,7 @@ def _recognise(program: Program, node: fx.Node) -> tuple[int, fx.Node] | None:
         for i, known in enumerate(_KNOWN_VALUES):
             if bool(((values - known).abs() <= _PRECISION * (1 + known.abs())).all()):
                 return i, x
-        # The source may itself belong to the activation: hardsigmoid ends in a chain of one operand.
+        # The source may itself belong to the activation: hardswish may end in a division by 6.
         found = _grow(tree, x)
     return None
 
@@ -99,8 +104,7 @@ def _recognise(program: Program, node: fx.Node) -> tuple[int, fx.Node] | None:
 def _grow(tree: list[fx.Node], x: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
     if x.target not in _ELEMENTWISE or len(tree) == _LARGEST_TREE:
         return None
-    inputs = _inputs(x)
-    return ([x, *tree], inputs[0]) if len(inputs) == 1 else None
+    return _close([*tree, x], x)
 
 
 def _check(program: Program, node: fx.Node) -> str | None:

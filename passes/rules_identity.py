@@ -132,4 +132,12 @@ def _to_slice(program: Program, node: fx.Node) -> fx.Node:
 
 SLICE = Rule("split_to_slice", (operator.getitem,), _check_split, _to_slice)
 
-RULES = (IDENTITY, SAME, CONSTANT, SLICE)
+# A view needs the strides that its input had before copies were dropped; a reshape needs none.
+RESHAPE = Rule(
+    "view_to_reshape",
+    (aten.view.default, aten._unsafe_view.default),
+    _always,
+    lambda program, node: call(program, node, aten.reshape.default, *node.args),
+)
+
+RULES = (IDENTITY, SAME, CONSTANT, SLICE, RESHAPE)

@@ -106,7 +106,7 @@ def _spec(exported: ExportedProgram, node: fx.Node, names: dict[str, str]) -> In
         bounds = exported.range_constraints[symbol]
         high = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite else UNBOUNDED
         shape.append((names.get(str(size), str(size)), max(1, int(bounds.lower)), min(high, UNBOUNDED)))
-    return InputSpec(node.name, tuple(shape), str(value.dtype).removeprefix("torch."))
+    return InputSpec(str(node.target), tuple(shape), str(value.dtype).removeprefix("torch."))
 
 
 def output_structure(exported: ExportedProgram) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from qcompile import device
-from qcompile.cli import app
+from qcompile.cli import app, out
 from qcompile.exported import load_exported
 from qcompile.runtime import load
 
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(device.machine()[0] != "x86_64", reason="the tin
 
 
 def qcompile(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    out.width = 200  # wide enough that no cell is folded, whatever terminal the tests run in
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_the_commands_of_a_device_import_neither_torch_nor_the_compiler(model: P
     code = """
 import sys
 from typer.testing import CliRunner
-from qcompile.cli import app
+from qcompile.cli import app, out
 for command in ("inspect", "selftest"):
     assert CliRunner().invoke(app, [command, sys.argv[1]]).exit_code == 0
 assert not {"torch", "tvm"} & set(sys.modules)
