@@ -10,6 +10,8 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,26 +20,21 @@ REPEAT = 50_000
 SINGLE_INSTRUCTION = ("vpdpbusd", "sdot")
 
 
-@functools.cache
-def dot_product_peak(threads: int) -> float | None:
-    """Multiply-accumulates per second on `threads` threads, measured in a process of its own.
+@dataclass(frozen=True)
+class PeakKernel:
+    """The function, what it is called with, and its multiply-accumulates a call."""
 
-    The best of many runs: a limit is not a median. None where this machine has no int8 dot product.
-    """
-    environment = {**os.environ, "TVM_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "benchmarks.peak", str(threads)]
-    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    return float(answer) if answer.strip() else None
+    func: Any
+    arguments: list[np.ndarray]
+    macs: int
 
 
-def _measure(threads: int) -> float | None:
-    import tvm
+def peak_kernel(target: Any, threads: int) -> PeakKernel | None:
+    """The kernel for `target` on `threads` threads; None where it has no int8 dot product instruction."""
     from tvm.tirx.script import builder as T
 
-    from qcompile import targets
     from qcompile.targets.cpu import emit
 
-    target = targets.get("native")
     isa, dot = target.isa, target.isa.dots[0]
     if dot.name not in SINGLE_INSTRUCTION:
         return None
@@ -59,15 +56,41 @@ def _measure(threads: int) -> float | None:
             for i in range(1, accumulators):
                 total = total + emit.load(acc, i * lanes, lanes)
             emit.store(out, task * lanes, total, lanes)
-    library = tvm.compile(tvm.IRModule({"peak": done.result}), tvm.target.Target(target.tvm)).mod
     rng = np.random.default_rng(0)
     buffers = [
-        tvm.runtime.tensor(rng.integers(0, 1 << 30, 1).astype("int32")),
-        tvm.runtime.tensor(rng.integers(-100, 100, lanes * 4).astype(dot.weight_dtype)),
-        tvm.runtime.tensor(np.zeros(threads * lanes, "int32")),
+        rng.integers(0, 1 << 30, 1).astype("int32"),
+        rng.integers(-100, 100, lanes * 4).astype(dot.weight_dtype),
+        np.zeros(threads * lanes, "int32"),
     ]
+    return PeakKernel(done.result, buffers, threads * REPEAT * accumulators * lanes * 4)
+
+
+@functools.cache
+def dot_product_peak(threads: int) -> float | None:
+    """Multiply-accumulates per second on `threads` threads, measured in a process of its own.
+
+    The best of many runs: a limit is not a median. None where this machine has no int8 dot product.
+    """
+    environment = {**os.environ, "TVM_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "benchmarks.peak", str(threads)]
+    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return float(answer) if answer.strip() else None
+
+
+def _measure(threads: int) -> float | None:
+    import tvm
+
+    from qcompile import targets
+
+    target = targets.get("native")
+    made = peak_kernel(target, threads)
+    if made is None:
+        return None
+    module = tvm.IRModule({"peak": made.func.with_attr("global_symbol", "peak")})
+    library = tvm.compile(module, tvm.target.Target(target.tvm)).mod
+    buffers = [tvm.runtime.tensor(a) for a in made.arguments]
     times = library.time_evaluator("peak", tvm.cpu(), number=1, repeat=300)(*buffers).results
-    return threads * REPEAT * accumulators * lanes * 4 / min(times)
+    return made.macs / min(times)
 
 
 if __name__ == "__main__":
