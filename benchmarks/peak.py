@@ -44,17 +44,16 @@ def peak_kernel(target: Any, threads: int) -> PeakKernel | None:
         weights = arguments.buffer("weights", lanes * 4, dot.weight_dtype)
         out = arguments.buffer("out", threads * lanes, "int32")
         with T.parallel(0, threads) as task:
-            acc = emit.registers(accumulators, lanes, "int32")
+            acc = emit.Registers(accumulators, lanes, "int32")
             for i in range(accumulators):
-                emit.store(acc, i * lanes, emit.splat(T.int32(i), lanes), lanes)
+                acc[i] = emit.splat(T.int32(i), lanes)
             with T.serial(0, REPEAT) as _:
                 operands, vectors = dot.prepare(x[0]), [emit.load(weights, 0, lanes * 4)]
                 for i in range(accumulators):
-                    value = dot.accumulate(emit.load(acc, i * lanes, lanes), operands, vectors)
-                    emit.store(acc, i * lanes, value, lanes)
-            total = emit.load(acc, 0, lanes)
+                    acc[i] = dot.accumulate(acc[i], operands, vectors)
+            total = acc[0]
             for i in range(1, accumulators):
-                total = total + emit.load(acc, i * lanes, lanes)
+                total = total + acc[i]
             emit.store(out, task * lanes, total, lanes)
     rng = np.random.default_rng(0)
     buffers = [

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import DotProduct, InstructionSet, Target
+from qcompile.targets.base import DotProduct, InstructionSet, Narrow, Target
 
 
 def _llvm(dtype: str, intrinsic: str, *args: Any) -> Any:
@@ -56,8 +56,26 @@ SMULL = DotProduct(
     accumulate=_smull,
 )
 
-NEON_DOTPROD = InstructionSet("int8", lanes=4, registers=32, dots=(SDOT,))
-NEON = InstructionSet("int8", lanes=4, registers=32, dots=(SMULL,))
+
+def _joined(low: Any, high: Any, lanes: int) -> Any:
+    return T.Shuffle([low, high], list(range(lanes)))
+
+
+def _pack(vectors: list[Any], zero_point: Any) -> Any:
+    shift = T.broadcast(T.cast(zero_point, "int16"), 8)
+    words = [_llvm("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", vector) for vector in vectors]
+    shifted = [_llvm("int16x8", "llvm.sadd.sat.v8i16", _joined(*words[i : i + 2], 8), shift) for i in (0, 2)]
+    return _joined(*[_llvm("int8x8", "llvm.aarch64.neon.sqxtn.v8i8", pair) for pair in shifted], 16)
+
+
+def _unpack(stored: Any) -> list[Any]:
+    return [T.cast(T.Shuffle([stored], list(range(i, i + 4))), "int32x4") for i in range(0, 16, 4)]
+
+
+SQXTN = Narrow(count=4, order=np.arange(16), pack=_pack, unpack=_unpack)
+
+NEON_DOTPROD = InstructionSet("int8", lanes=4, registers=32, dots=(SDOT,), narrows=(SQXTN,))
+NEON = InstructionSet("int8", lanes=4, registers=32, dots=(SMULL,), narrows=(SQXTN,))
 
 _LINKERS = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-ld", "ld.lld")
 

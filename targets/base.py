@@ -39,6 +39,26 @@ class DotProduct:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """One way to turn several int32 vectors into one vector of stored bytes.
+
+    Processors narrow within parts of a register, so the bytes of the vectors come out interleaved. The
+    weights are packed in the same order, which puts the channels back in their places for free.
+
+    Attributes:
+        count: how many vectors it takes.
+        order: for every lane of every vector, in turn, the byte that holds it: (count * lanes,).
+        pack: (vectors, zero point) -> bytes, saturated to the stored type; values are beyond +-2^15 or exact.
+        unpack: bytes -> the vectors, widened to int32.
+    """
+
+    count: int
+    order: np.ndarray
+    pack: Callable[[list[Any], Any], Any]
+    unpack: Callable[[Any], list[Any]]
+
+
+@dataclass(frozen=True)
 class InstructionSet:
     """The row of facts that turns the shared CPU generators into one processor's kernels.
 
@@ -47,6 +67,7 @@ class InstructionSet:
         lanes: int32 lanes of a vector register.
         registers: vector registers.
         dots: ways to take dot products, best first; the first exact one for the weights is used.
+        narrows: ways to store several vectors at once, largest first; what is left is stored one by one.
         l2_bytes: second-level cache of one core, for choosing the loop order.
     """
 
@@ -54,6 +75,7 @@ class InstructionSet:
     lanes: int
     registers: int
     dots: tuple[DotProduct, ...]
+    narrows: tuple[Narrow, ...] = ()
     l2_bytes: int = 1 << 20
 
     @property
@@ -64,6 +86,14 @@ class InstructionSet:
     def dot_for(self, weight: np.ndarray) -> DotProduct:
         """The fastest dot product that is exact for `weight` (..., channels, 4)."""
         return next(dot for dot in self.dots if dot.exact_for(weight))
+
+    def narrows_for(self, vectors: int) -> list[Narrow | None]:
+        """How a row of `vectors` is stored: None stands for one vector by itself."""
+        taken: list[Narrow | None] = []
+        for narrow in self.narrows:
+            taken += [narrow] * (vectors // narrow.count)
+            vectors %= narrow.count
+        return taken + [None] * vectors
 
 
 @dataclass(frozen=True)

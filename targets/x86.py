@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import DotProduct, InstructionSet, Target
+from qcompile.targets.base import DotProduct, InstructionSet, Narrow, Target
 
 
 def _llvm(dtype: str, intrinsic: str, *args: Any) -> Any:
@@ -83,8 +83,53 @@ VPMADDWD = DotProduct(
     accumulate=_maddwd,
 )
 
-AVX512_VNNI = InstructionSet("uint8", lanes=16, registers=32, dots=(VPDPBUSD,))
-AVX2 = InstructionSet("uint8", lanes=8, registers=16, dots=(VPMADDUBSW, VPMADDWD))
+
+def _interleaved(count: int, lanes: int) -> np.ndarray:
+    """Lane i of part q (of four lanes) of vector j -> its byte among `count` vectors packed part by part."""
+    vector, part, lane = np.ogrid[:count, : lanes // 4, :4]
+    return np.asarray((part * count + vector) * 4 + lane).reshape(-1)
+
+
+def _narrow(count: int, lanes: int, packssdw: str, packuswb: str) -> Narrow:
+    """`count` (2 or 4) vectors through saturating int16 words to uint8."""
+    order = _interleaved(count, lanes)
+    words = f"int16x{2 * lanes}"
+
+    def pack(vectors: list[Any], zero_point: Any) -> Any:
+        shift = T.broadcast(T.cast(zero_point, "int16"), 2 * lanes)
+        pairs = [
+            _llvm(words, f"llvm.sadd.sat.v{2 * lanes}i16", _llvm(words, packssdw, *vectors[i : i + 2]), shift)
+            for i in range(0, count, 2)
+        ]
+        if count == 4:
+            return T.reinterpret(f"uint8x{4 * lanes}", _llvm(f"int8x{4 * lanes}", packuswb, *pairs))
+        lowest, highest = (T.broadcast(T.int16(bound), 2 * lanes) for bound in (0, 255))
+        return T.cast(T.min(T.max(pairs[0], lowest), highest), f"uint8x{2 * lanes}")
+
+    def unpack(stored: Any) -> list[Any]:
+        each = order.reshape(count, lanes).tolist()
+        return [T.cast(T.Shuffle([stored], indices), f"int32x{lanes}") for indices in each]
+
+    return Narrow(count, order, pack, unpack)
+
+
+_NARROW_512 = "llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"
+_NARROW_256 = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"
+
+AVX512_VNNI = InstructionSet(
+    "uint8",
+    lanes=16,
+    registers=32,
+    dots=(VPDPBUSD,),
+    narrows=(_narrow(4, 16, *_NARROW_512), _narrow(2, 16, *_NARROW_512)),
+)
+AVX2 = InstructionSet(
+    "uint8",
+    lanes=8,
+    registers=16,
+    dots=(VPMADDUBSW, VPMADDWD),
+    narrows=(_narrow(4, 8, *_NARROW_256), _narrow(2, 8, *_NARROW_256)),
+)
 
 _LINKERS = ("gcc", "cc", "clang", "ld.lld", "x86_64-linux-gnu-ld", "ld")
 

@@ -23,7 +23,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, function, load, parallel, registers, store
+from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align
 
 
@@ -107,6 +107,14 @@ def default_config(shape: ConvShape, isa: InstructionSet, dot: DotProduct, taps_
     return ConvConfig(*best, channels_outer=weight_bytes > isa.l2_bytes // 2)
 
 
+def channel_order(config: ConvConfig, isa: InstructionSet) -> np.ndarray:
+    """Which channel of a block each lane of its vectors holds."""
+    order: list[np.ndarray] = []
+    for narrow in isa.narrows_for(config.vectors):
+        order.append(sum(map(len, order)) + (np.arange(isa.lanes) if narrow is None else narrow.order))
+    return np.concatenate(order)
+
+
 @dataclass(frozen=True)
 class PackedWeights:
     """Weights in the order the kernel reads them: (block, tap row, tap column, k, vector, plane, element)."""
@@ -133,7 +141,8 @@ def pack(
         full[c, :, :, at : at + per_in] = taps[c]
     if shape.groups == 1:
         full[:oc, :, :, :per_in] = taps
-    grouped = full.reshape(blocks, config.vectors, isa.lanes, kh, kw, fours, 4).transpose(0, 3, 4, 5, 1, 2, 6)
+    ordered = full.reshape(blocks, block, kh, kw, fours, 4)[:, channel_order(config, isa)]
+    grouped = ordered.reshape(blocks, config.vectors, isa.lanes, kh, kw, fours, 4).transpose(0, 3, 4, 5, 1, 2, 6)
     return PackedWeights(dot.pack(grouped), starts, fours)
 
 
@@ -154,17 +163,25 @@ def conv(
     taps_bytes = int(np.prod(weight.shape[2:])) * channel_ranges(shape, isa.lanes)[1] * 4
     config = config or default_config(shape, isa, dot, taps_bytes)
     packed = pack(weight, shape, config, isa, dot)
-    lanes_total = packed.data.shape[0] * config.vectors * isa.lanes
-    sums = weight.astype(np.int64).reshape(weight.shape[0], -1).sum(1)
+    rows = weight.astype(np.int64).reshape(weight.shape[0], -1)
     stored_zero_point = x_zero_point + isa.offset
-    folded = (bias.astype(np.int64) - stored_zero_point * sums).astype(np.int64)
+    folded = bias.astype(np.int64) - stored_zero_point * rows.sum(1)
     wrapped = (folded & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
-    integers = numbers.integers(isa, np.pad(wrapped, (0, lanes_total - len(wrapped))))
-    floats = numbers.floats(np.pad(m, (0, lanes_total - len(m))))
-    constants = {"weights": packed.data.reshape(-1), "integers": integers, "floats": floats}
+
+    def in_lanes(per_channel: np.ndarray) -> np.ndarray:
+        blocks, block = packed.data.shape[0], config.vectors * isa.lanes
+        padded = np.pad(per_channel, (0, blocks * block - len(per_channel)))
+        return padded.reshape(blocks, block)[:, channel_order(config, isa)].reshape(-1)
+
+    constants = {
+        "weights": packed.data.reshape(-1),
+        "integers": numbers.integers(isa, in_lanes(wrapped)),
+        "floats": numbers.floats(in_lanes(m)),
+    }
     if shape.groups > 1:
         constants["starts"] = np.asarray(packed.starts, np.int32)
-    func = _build(shape, config, isa, dot, packed, constants, symbols)
+    largest = np.abs(bias.astype(np.int64)) + 255 * np.abs(rows).sum(1)
+    func = _build(shape, config, isa, dot, packed, constants, symbols, numbers.fits_int32(largest, m))
     name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
     label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
@@ -185,6 +202,7 @@ def _build(
     packed: PackedWeights,
     constants: dict[str, np.ndarray],
     symbols: tuple[tirx.Var, ...],
+    fits: bool,
 ) -> tirx.PrimFunc:
     lanes, rows, vectors = isa.lanes, config.rows, config.vectors
     blocks, kh, kw, fours = packed.data.shape[:4]
@@ -207,15 +225,11 @@ def _build(
 
         def tile(n: Any, h: Any, w: Any, b: Any, count: int) -> None:
             """`count` pixels from (n, h, w) and block `b` of output channels."""
-            acc = registers(count * vectors, lanes, "int32")
-
-            def at(i: int, j: int) -> int:
-                return (i * vectors + j) * lanes
-
-            for i in range(count):
-                for j in range(vectors):
-                    bias = epilogue.channel_load(integers, b * block + j * lanes, lanes)
-                    store(acc, at(i, j), bias, lanes)
+            acc = Registers(count * vectors, lanes, "int32")
+            for j in range(vectors):
+                bias = epilogue.channel_load(integers, b * block + j * lanes, lanes)
+                for i in range(count):
+                    acc[i * vectors + j] = bias
             first = starts[b] if starts is not None else 0
 
             def taps(i_h: Any, i_w: Any, k: Any) -> None:
@@ -233,19 +247,25 @@ def _build(
                     )
                     four = dot.prepare(T.reinterpret("int32", load(x, pixel, 4)))
                     for j in range(vectors):
-                        store(acc, at(i, j), dot.accumulate(load(acc, at(i, j), lanes), four, loaded[j]), lanes)
+                        acc[i * vectors + j] = dot.accumulate(acc[i * vectors + j], four, loaded[j])
 
             with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, fours) as k:
                 taps(i_h, i_w, k)
             for i in range(count):
-                for j in range(vectors):
-                    channel = b * block + j * lanes
-                    m = epilogue.channel_load(floats, channel, lanes)
+                j = 0
+                for narrow in isa.narrows_for(vectors):
+                    taken = range(j, j := j + (narrow.count if narrow else 1))
+                    channel, size = b * block + taken[0] * lanes, len(taken) * lanes
+                    ms = [epilogue.channel_load(floats, b * block + v * lanes, lanes) for v in taken]
+                    accs = [acc[i * vectors + v] for v in taken]
                     other = None
                     if residual is not None and shape.residual is not None:
-                        other = load(residual, shape.residual.offset(n, h, w + i, channel), lanes)
-                    value = epilogue.requantize(load(acc, at(i, j), lanes), m, integers, floats, isa, lanes, other)
-                    store(y, shape.y.offset(n, h, w + i, channel), value, lanes)
+                        other = load(residual, shape.residual.offset(n, h, w + i, channel), size)
+                    if narrow is None:
+                        value = epilogue.requantize(accs[0], ms[0], integers, floats, isa, lanes, other)
+                    else:
+                        value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, fits, other)
+                    store(y, shape.y.offset(n, h, w + i, channel), value, size)
 
         if one_line:
             _split(full, blocks, config.channels_outer, lambda t, b: tile(0, 0, t * rows, b, rows))

@@ -127,9 +127,22 @@ def llvm(dtype: str, lanes: int, intrinsic: str, *args: Any) -> Any:
     return T.call_llvm_pure_intrin(vector_type(dtype, lanes), T.llvm_lookup_intrinsic_id(intrinsic), *args)
 
 
-def registers(count: int, lanes: int, dtype: str) -> Any:
-    """`count` vectors that LLVM keeps in registers, since every access has a constant index."""
-    return T.alloc_buffer((count * lanes,), dtype, scope="local")
+class Registers:
+    """Vectors that LLVM keeps in registers.
+
+    A buffer each, and of scope "global": only those of less than 1 KiB does TVM put on the stack, from
+    where LLVM lifts them into registers. All others it takes from the heap, at every entry of the block.
+    """
+
+    def __init__(self, count: int, lanes: int, dtype: str) -> None:
+        self._buffers = [T.alloc_buffer((lanes,), dtype, scope="global") for _ in range(count)]
+        self._lanes = lanes
+
+    def __getitem__(self, i: int) -> Any:
+        return load(self._buffers[i], 0, self._lanes)
+
+    def __setitem__(self, i: int, value: Any) -> None:
+        store(self._buffers[i], 0, value, self._lanes)
 
 
 def parallel(extent: Dim) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import InstructionSet
+from qcompile.targets.base import InstructionSet, Narrow
 from qcompile.targets.cpu.emit import fill, llvm, load, splat, widen
 from qcompile.targets.layout import NO_HALO, Layout
 
@@ -32,9 +32,10 @@ class Requantize:
     other_zero_point: int = 0
 
     def integers(self, isa: InstructionSet, per_channel: np.ndarray | None = None) -> np.ndarray:
-        """int32: [zero point, residual zero point] as stored, then the per-channel values."""
+        """int32: [zero point, residual zero point, ., ., lo, hi] as stored, then the per-channel values."""
         head = np.zeros(HEAD, np.int32)
         head[:2] = self.zero_point + isa.offset, self.other_zero_point + isa.offset
+        head[4:6] = self.lo + isa.offset, self.hi + isa.offset
         return head if per_channel is None else np.concatenate([head, per_channel.astype(np.int32)])
 
     def floats(self, per_channel: np.ndarray | None = None) -> np.ndarray:
@@ -43,6 +44,12 @@ class Requantize:
         head[:3] = self.lo - self.zero_point, self.hi - self.zero_point, np.float32(self.other_m)
         return head if per_channel is None else np.concatenate([head, per_channel.astype(np.float32)])
 
+    def fits_int32(self, largest: np.ndarray, m: np.ndarray) -> bool:
+        """Whether no product of an accumulator of at most `largest` (per channel) with `m`, nor its sum with a
+        residual, comes near the end of int32, so that converting needs no clamp before it."""
+        reach = largest.astype(np.float64) * m.astype(np.float64) + 255 * abs(self.other_m)
+        return bool((reach < 2.0**30).all())
+
 
 def to_float(acc: Any, lanes: int) -> Any:
     return widen(acc, "float32", lanes)
@@ -50,9 +57,27 @@ def to_float(acc: Any, lanes: int) -> Any:
 
 def finish(real: Any, integers: Any, floats: Any, isa: InstructionSet, lanes: int) -> Any:
     """clamp, round half to even, add the zero point: float32 -> the stored type."""
-    clamped = T.min(T.max(real, splat(floats[0], lanes)), splat(floats[1], lanes))
-    rounded = llvm("int32", lanes, "llvm.lrint", clamped)
+    rounded = llvm("int32", lanes, "llvm.lrint", _clamp(real, floats, lanes))
     return widen(rounded + splat(integers[0], lanes), isa.storage, lanes)
+
+
+def finish_many(
+    reals: list[Any], integers: Any, floats: Any, isa: InstructionSet, lanes: int, narrow: Narrow, fits: bool
+) -> Any:
+    """As `finish`, for several vectors at once, in the order of `narrow`.
+
+    Bounds that are integers may be applied after the rounding: rne(clamp(r)) = clamp(rne(r)). So the
+    clamp is done on packed bytes, unless `fits` is false: a value might not fit int32.
+    """
+    if not fits:
+        reals = [_clamp(real, floats, lanes) for real in reals]
+    packed = narrow.pack([llvm("int32", lanes, "llvm.lrint", real) for real in reals], integers[0])
+    lo, hi = (splat(T.cast(integers[i], isa.storage), narrow.count * lanes) for i in (4, 5))
+    return T.min(T.max(packed, lo), hi)
+
+
+def _clamp(real: Any, floats: Any, lanes: int) -> Any:
+    return T.min(T.max(real, splat(floats[0], lanes)), splat(floats[1], lanes))
 
 
 def centre(stored: Any, zero_point: Any, lanes: int) -> Any:
@@ -64,11 +89,34 @@ def requantize(
     acc: Any, m: Any, integers: Any, floats: Any, isa: InstructionSet, lanes: int, residual: Any = None
 ) -> Any:
     """int32 accumulator (and perhaps a stored residual) -> the stored type. `m`: float32 vector."""
+    wide = None if residual is None else widen(residual, "int32", lanes)
+    return finish(_scaled(acc, m, integers, floats, lanes, wide), integers, floats, isa, lanes)
+
+
+def requantize_many(
+    accs: list[Any],
+    ms: list[Any],
+    integers: Any,
+    floats: Any,
+    isa: InstructionSet,
+    lanes: int,
+    narrow: Narrow,
+    fits: bool,
+    residual: Any = None,
+) -> Any:
+    """As `requantize`, for several vectors at once, in the order of `narrow`; `residual`: their bytes."""
+    others = [None] * len(accs) if residual is None else narrow.unpack(residual)
+    reals = [_scaled(acc, m, integers, floats, lanes, other) for acc, m, other in zip(accs, ms, others, strict=True)]
+    return finish_many(reals, integers, floats, isa, lanes, narrow, fits)
+
+
+def _scaled(acc: Any, m: Any, integers: Any, floats: Any, lanes: int, residual: Any) -> Any:
+    """f32(acc) * m, plus a residual (int32) by one fma."""
     real = to_float(acc, lanes) * m
-    if residual is not None:
-        other = centre(residual, integers[1], lanes)
-        real = llvm("float32", lanes, "llvm.fma", other, splat(floats[2], lanes), real)
-    return finish(real, integers, floats, isa, lanes)
+    if residual is None:
+        return real
+    other = to_float(residual - splat(integers[1], lanes), lanes)
+    return llvm("float32", lanes, "llvm.fma", other, splat(floats[2], lanes), real)
 
 
 def fill_halo(y: Any, layout: Layout, integers: Any, isa: InstructionSet) -> None:

@@ -11,7 +11,7 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.elementwise import launch
-from qcompile.targets.cpu.emit import Kernel, function, load, splat, store, widen
+from qcompile.targets.cpu.emit import Kernel, Registers, function, load, splat, store, widen
 from qcompile.targets.layout import Layout, align
 
 
@@ -116,14 +116,14 @@ def average_pool(
             with T.serial(0, width) as w:
                 top, bottom = (ints[epilogue.HEAD + h * 2 + i] for i in (0, 1))
                 left, right = (ints[column_base + w * 2 + i] for i in (0, 1))
-                acc = T.alloc_buffer((lanes,), "int32", scope="local")
+                acc = Registers(1, lanes, "int32")
                 count = (bottom - top) * (right - left)
-                store(acc, 0, splat(T.int32(0) - ints[2] * count, lanes), lanes)
+                acc[0] = splat(T.int32(0) - ints[2] * count, lanes)
                 with T.serial(0, bottom - top) as i, T.serial(0, right - left) as j:
                     value = widen(load(source, x.offset(n, top + i, left + j, v * lanes), lanes), "int32", lanes)
-                    store(acc, 0, load(acc, 0, lanes) + value, lanes)
+                    acc[0] = acc[0] + value
                 factor = splat(reals[epilogue.HEAD + h * width + w], lanes)
-                value = epilogue.requantize(load(acc, 0, lanes), factor, ints, reals, isa, lanes)
+                value = epilogue.requantize(acc[0], factor, ints, reals, isa, lanes)
                 store(out, y.offset(n, h, w, v * lanes), value, lanes)
         epilogue.fill_halo(out, y, ints, isa)
     return Kernel("average_pool", done.result, (integers, floats))
