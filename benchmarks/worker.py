@@ -24,8 +24,8 @@ from benchmarks.engines import ENGINES
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 CORES = os.cpu_count() or 1
-MAX_WAITING = 0.03  # of the block, our threads ready to run and not running
-MAX_OTHER = 0.15  # of all cores, used by somebody else
+MAX_WAITING = 0.03  # of the block, our threads ready to run while somebody else ran
+MAX_TAKEN = 0.1  # cores that somebody else used beyond those we leave free
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def _waiting() -> float:
 
 
 def measure(call: Callable[[], object], seconds: float, threads: int) -> Block:
-    """Call for about `seconds`; disturbed when we had to wait for a core or somebody else used ours."""
+    """Call for about `seconds`; disturbed when somebody else made us wait for a core, or used ours.
+
+    An engine with more threads than cores waits for itself, which is no disturbance.
+    """
     busy, own, waiting, start = _busy(), _own(), _waiting(), time.perf_counter()
     taken = []
     while time.perf_counter() - start < seconds or len(taken) < 3:
@@ -67,8 +70,9 @@ def measure(call: Callable[[], object], seconds: float, threads: int) -> Block:
     wall = time.perf_counter() - start
     waited = (_waiting() - waiting) / wall
     # The kernel counts in ticks: two of them are below what a block can tell.
-    other = max(0.0, (_busy() - busy) - (_own() - own) - 2 * TICK) / (wall * CORES)
-    disturbed = waited > MAX_WAITING or (threads > 1 and other > MAX_OTHER)
+    others = max(0.0, (_busy() - busy) - (_own() - own) - 2 * TICK) / wall
+    free = max(0, CORES - threads)
+    disturbed = others - free > MAX_TAKEN or (free > 0 and min(waited, others) > MAX_WAITING)
     return Block(statistics.median(taken), len(taken), disturbed)
 
 
