@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import DotProduct, InstructionSet, Narrow, Target
+from qcompile.targets.base import DotProduct, InstructionSet, Narrow, TapDot, Target
 
 
 def _llvm(dtype: str, intrinsic: str, *args: Any) -> Any:
@@ -18,13 +18,14 @@ def _flat(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weight.reshape(*weight.shape[:-2], 1, -1))
 
 
+_SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
 SDOT = DotProduct(
     name="sdot",
     planes=1,
     weight_dtype="int8",
     pack=_flat,
     prepare=lambda four: (T.reinterpret("int8x16", T.broadcast(four, 4)),),
-    accumulate=lambda acc, x, w: _llvm("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, x[0], w[0]),
+    accumulate=lambda acc, x, w: _llvm("int32x4", _SDOT, acc, x[0], w[0]),
 )
 
 
@@ -57,15 +58,15 @@ SMULL = DotProduct(
 )
 
 
-def _joined(low: Any, high: Any, lanes: int) -> Any:
-    return T.Shuffle([low, high], list(range(lanes)))
+def _joined(halves: list[Any], lanes: int) -> Any:
+    return T.Shuffle(halves, list(range(lanes)))
 
 
 def _pack(vectors: list[Any], zero_point: Any) -> Any:
     shift = T.broadcast(T.cast(zero_point, "int16"), 8)
     words = [_llvm("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", vector) for vector in vectors]
-    shifted = [_llvm("int16x8", "llvm.sadd.sat.v8i16", _joined(*words[i : i + 2], 8), shift) for i in (0, 2)]
-    return _joined(*[_llvm("int8x8", "llvm.aarch64.neon.sqxtn.v8i8", pair) for pair in shifted], 16)
+    shifted = [_llvm("int16x8", "llvm.sadd.sat.v8i16", _joined(words[i : i + 2], 8), shift) for i in (0, 2)]
+    return _joined([_llvm("int8x8", "llvm.aarch64.neon.sqxtn.v8i8", pair) for pair in shifted], 16)
 
 
 def _unpack(stored: Any) -> list[Any]:
@@ -74,7 +75,9 @@ def _unpack(stored: Any) -> list[Any]:
 
 SQXTN = Narrow(count=4, order=np.arange(16), pack=_pack, unpack=_unpack)
 
-NEON_DOTPROD = InstructionSet("int8", lanes=4, registers=32, dots=(SDOT,), narrows=(SQXTN,))
+TAP_SDOT = TapDot(4, SQXTN, lambda acc, x, w: _llvm("int32x4", _SDOT, acc, x, w))
+
+NEON_DOTPROD = InstructionSet("int8", lanes=4, registers=32, dots=(SDOT,), narrows=(SQXTN,), tap_dots=(TAP_SDOT,))
 NEON = InstructionSet("int8", lanes=4, registers=32, dots=(SMULL,), narrows=(SQXTN,))
 
 _LINKERS = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-ld", "ld.lld")

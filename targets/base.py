@@ -59,6 +59,21 @@ class Narrow:
 
 
 @dataclass(frozen=True)
+class TapDot:
+    """A dot product of four bytes for each channel, at one width of vector.
+
+    Attributes:
+        lanes: int32 lanes; it takes 4 * lanes bytes of activations and of weights.
+        narrow: how four such vectors are stored.
+        accumulate: (acc, activations, weights) -> acc; exact for every weight.
+    """
+
+    lanes: int
+    narrow: Narrow
+    accumulate: Callable[[Any, Any, Any], Any]
+
+
+@dataclass(frozen=True)
 class InstructionSet:
     """The row of facts that turns the shared CPU generators into one processor's kernels.
 
@@ -68,6 +83,7 @@ class InstructionSet:
         registers: vector registers.
         dots: ways to take dot products, best first; the first exact one for the weights is used.
         narrows: ways to store several vectors at once, largest first; what is left is stored one by one.
+        tap_dots: exact dot products at each width, widest first; empty where it has none.
         l2_bytes: second-level cache of one core, for choosing the loop order.
     """
 
@@ -76,6 +92,7 @@ class InstructionSet:
     registers: int
     dots: tuple[DotProduct, ...]
     narrows: tuple[Narrow, ...] = ()
+    tap_dots: tuple[TapDot, ...] = ()
     l2_bytes: int = 1 << 20
 
     @property

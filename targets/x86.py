@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import DotProduct, InstructionSet, Narrow, Target
+from qcompile.targets.base import DotProduct, InstructionSet, Narrow, TapDot, Target
 
 
 def _llvm(dtype: str, intrinsic: str, *args: Any) -> Any:
@@ -113,8 +113,14 @@ def _narrow(count: int, lanes: int, packssdw: str, packuswb: str) -> Narrow:
     return Narrow(count, order, pack, unpack)
 
 
+def _tap_dot(lanes: int, narrow: Narrow) -> TapDot:
+    intrinsic, acc, activations = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", f"int32x{lanes}", f"uint8x{4 * lanes}"
+    return TapDot(lanes, narrow, lambda a, x, w: _llvm(acc, intrinsic, a, T.reinterpret(activations, x), w))
+
+
 _NARROW_512 = "llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"
 _NARROW_256 = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"
+_NARROW_128 = "llvm.x86.sse2.packssdw.128", "llvm.x86.sse2.packuswb.128"
 
 AVX512_VNNI = InstructionSet(
     "uint8",
@@ -122,6 +128,9 @@ AVX512_VNNI = InstructionSet(
     registers=32,
     dots=(VPDPBUSD,),
     narrows=(_narrow(4, 16, *_NARROW_512), _narrow(2, 16, *_NARROW_512)),
+    tap_dots=tuple(
+        _tap_dot(lanes, _narrow(4, lanes, *by)) for lanes, by in ((16, _NARROW_512), (8, _NARROW_256), (4, _NARROW_128))
+    ),
 )
 AVX2 = InstructionSet(
     "uint8",

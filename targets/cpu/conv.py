@@ -180,11 +180,18 @@ def conv(
     }
     if shape.groups > 1:
         constants["starts"] = np.asarray(packed.starts, np.int32)
-    largest = np.abs(bias.astype(np.int64)) + 255 * np.abs(rows).sum(1)
-    func = _build(shape, config, isa, dot, packed, constants, symbols, numbers.fits_int32(largest, m))
+    fits = numbers.fits_int32(largest_accumulators(weight, bias), m)
+    func = _build(shape, config, isa, dot, packed, constants, symbols, fits)
     name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
     label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
+
+
+def largest_accumulators(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Per output channel a bound of |accumulator| that holds for every input and zero point."""
+    return np.asarray(
+        np.abs(bias.astype(np.int64)) + 255 * np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(1)
+    )
 
 
 def _by_fours(weight: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from qcompile.targets.cpu import copy, elementwise, pool
 from qcompile.targets.cpu.conv import ConvShape, conv
 from qcompile.targets.cpu.copy import Take
 from qcompile.targets.cpu.depthwise import depthwise, is_depthwise
+from qcompile.targets.cpu.depthwise_dot import depthwise_dot
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.layout import Layout
 from qcompile.targets.lower import Lowering, Value
@@ -56,7 +57,8 @@ def _convolution(low: Lowering, node: fx.Node) -> None:
         dilation,
         groups,
     )
-    generate = depthwise if is_depthwise(shape) else conv
+    by_taps = depthwise_dot if low.target.isa.tap_dots else depthwise
+    generate = by_taps if is_depthwise(shape) else conv
     requantize = Requantize(a[5], a[6], a[7], **numbers)
     kernel = generate(
         shape, weight, low.tensor(a[2]), low.tensor(a[3]), a[4], requantize, low.target.isa, low.symbol_args

@@ -21,6 +21,7 @@ from qcompile.ops.row import random_int8
 from qcompile.targets import get
 from qcompile.targets.cpu.conv import ConvConfig, ConvShape, conv
 from qcompile.targets.cpu.depthwise import DepthwiseConfig, depthwise
+from qcompile.targets.cpu.depthwise_dot import DepthwiseDotConfig, depthwise_dot
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.layout import NO_HALO, Layout, align
 
@@ -64,7 +65,7 @@ class Geometry:
 def geometries(draw: st.DrawFn, depthwise: bool = False) -> Geometry:
     """Mostly small; kernels may be larger than the image, strides larger than the kernel."""
     pair = lambda most: (draw(st.integers(1, most)), draw(st.integers(1, most)))  # noqa: E731
-    groups = draw(st.integers(2, 70)) if depthwise else draw(st.sampled_from([1, 1, 2, 3, 5, 7]))
+    groups = draw(st.integers(2, 150)) if depthwise else draw(st.sampled_from([1, 1, 2, 3, 5, 7]))
     per_in, per_out = (1, 1) if depthwise else (draw(st.integers(1, 40)), draw(st.integers(1, 70 // groups)))
     geometry = Geometry(
         batch=draw(st.integers(1, 7)),
@@ -135,7 +136,7 @@ def mismatching(geometry: Geometry, target: str, config: Any) -> int:
         geometry.groups,
     )
     requantize = Requantize(zp, lo, hi, numbers.get("residual_m", 0.0), numbers.get("residual_zero_point", 0))
-    generate = depthwise if isinstance(config, DepthwiseConfig) else conv
+    generate: Any = {DepthwiseConfig: depthwise, DepthwiseDotConfig: depthwise_dot}.get(type(config), conv)
     kernel = generate(shape_of, weight.numpy(), bias.numpy(), m.numpy(), x_zp, requantize, isa, config=config)
     inputs = [stored(x, x_layout, x_zp, isa, rng)]
     if residual is not None and other is not None:
@@ -154,6 +155,19 @@ def _layout(x: Tensor, halo: tuple[int, ...], slack: int) -> Layout:
 def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, data: st.DataObject) -> None:
     config = data.draw(st.none() | legal_configs(geometry, get(target).isa.lanes))
     assert mismatching(geometry, target, config) == 0
+
+
+@pytest.mark.parametrize("target", [name for name in X86 if get(name).isa.tap_dots])
+@bounded
+@given(
+    geometry=geometries(depthwise=True),
+    config=st.builds(DepthwiseDotConfig, rows=st.integers(1, 4), columns=st.integers(1, 9)),
+)
+def test_a_depthwise_convolution_by_dot_products_is_right_for_every_shape_and_tile(
+    target: str, geometry: Geometry, config: DepthwiseDotConfig
+) -> None:
+    rows = min(config.rows, geometry.out[0])
+    assert mismatching(geometry, target, DepthwiseDotConfig(rows, config.columns)) == 0
 
 
 @pytest.mark.parametrize("target", X86)
