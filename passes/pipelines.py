@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from qcompile.config import QuantConfig
 from qcompile.errors import PipelineError
@@ -100,12 +100,26 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
         )
     )
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
-        made = entry.load()
-        step = made if isinstance(made, Pass) else made()
-        if not isinstance(step, Pass) or step.joins_after is None:
-            raise PipelineError(
-                f"entry point {entry.name!r} ({entry.value}) cannot join the pipeline",
-                remedy="let it name a Pass that sets `joins_after` to a pass of the default pipeline",
-            )
-        pipeline = pipeline.after(step.joins_after, step)
+        pipeline = _joined(pipeline, entry)
     return pipeline
+
+
+def _joined(pipeline: Pipeline, entry: EntryPoint) -> Pipeline:
+    """`pipeline` with the pass that an installed distribution adds."""
+    place = f"entry point {entry.name!r} ({entry.value}) of the group {ENTRY_POINTS}"
+    try:
+        made = entry.load()
+        step = made() if callable(made) else made
+    except Exception as error:
+        raise PipelineError(
+            f"a pass cannot be loaded: {type(error).__name__}: {error}",
+            where=place,
+            remedy="repair or uninstall the distribution that registers it",
+        ) from error
+    if not isinstance(step, Pass) or step.joins_after not in pipeline.names:
+        raise PipelineError(
+            f"{step!r} cannot join the pipeline",
+            where=place,
+            remedy=f"let it name a Pass that sets `joins_after` to one of {', '.join(pipeline.names)}",
+        )
+    return pipeline.after(step.joins_after, step)

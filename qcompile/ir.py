@@ -13,6 +13,7 @@ whose shape may hold symbols (a dynamic batch); nothing here assumes that a dime
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -23,6 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.arith import QMAX, QMIN
+from qcompile.errors import QcompileError
 
 
 class Stage(Enum):
@@ -147,11 +149,14 @@ def where(node: fx.Node) -> str:
     return "" if path.startswith("_empty_nn_module_stack") else path  # export's own nodes have no module
 
 
+_NOT_THE_USERS = ("/torch/nn/", "/torch/_", '"<eval_with_key>')  # in the file of a stack frame
+
+
 def source(node: fx.Node) -> str | None:
     """The innermost line of the user's forward that made `node`, or None."""
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     frames = [i for i, line in enumerate(trace) if line.startswith("File ")]
-    user = [i for i in frames if "/torch/nn/" not in trace[i] and "/torch/_" not in trace[i]] or frames
+    user = [i for i in frames if not any(part in trace[i] for part in _NOT_THE_USERS)]
     if not user:
         return None
     at = user[-1]
@@ -216,19 +221,40 @@ def fake_mode(graph_module: fx.GraphModule) -> FakeTensorMode:
     return FakeTensorMode()
 
 
+class NodeFailure(Exception):
+    """Something raised, at a node that is known; what it was is the cause. The manager turns it into a PassError."""
+
+    def __init__(self, node: fx.Node, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.node = node
+
+
+@contextmanager
+def blaming(node: fx.Node) -> Iterator[None]:
+    """Within, whatever raises has failed at `node`."""
+    try:
+        yield
+    except (NodeFailure, QcompileError):
+        raise
+    except Exception as error:
+        raise NodeFailure(node, error) from error
+
+
 class _Shapes(fx.Interpreter):
     """Runs the graph on fake tensors and records each node's value in its meta."""
 
     def __init__(self, graph_module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(graph_module)
         self.mode = mode
+        self.extra_traceback = False  # it would add the node to the error's text
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        with blaming(n):
+            result = super().run_node(n)
         if n.op != "output":
             n.meta["val"] = result
         return result

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import fx
 
 from qcompile.errors import PassError, PipelineError, QcompileError
-from qcompile.ir import Program, Property, Stage, finish, source, where
+from qcompile.ir import NodeFailure, Program, Property, Stage, finish, source, where
 from qcompile.passes.base import Context, Pass
 from qcompile.text import graph_text
 from qcompile.verify import IllegalGraph, Interface, interface, verify
@@ -43,14 +43,22 @@ def _after(properties: set[Property], establishes: frozenset[Property]) -> set[P
     return kept | establishes
 
 
-def check_order(passes: Iterable[Pass], properties: set[Property]) -> None:
+def check_order(passes: Iterable[Pass], properties: set[Property]) -> set[Property]:
     """Refuse a pipeline in which some pass requires what nothing before it establishes.
 
+    Returns what holds at its end.
+
     Raises:
-        PipelineError: a requirement is unmet, or two passes share a name.
+        PipelineError: a requirement is unmet, two passes share a name, or one is no pass.
     """
     held, seen = set(properties), list[str]()
     for step in passes:
+        if not isinstance(step, Pass):
+            raise PipelineError(
+                f"{step!r} is not a pass",
+                where=f"pipeline position {len(seen)}",
+                remedy="give instances of qcompile.passes.Pass: MyPass(), not MyPass",
+            )
         if step.name in seen:
             raise PipelineError(
                 f"two passes are named {step.name!r}", remedy="give each pass of a pipeline its own name"
@@ -66,6 +74,7 @@ def check_order(passes: Iterable[Pass], properties: set[Property]) -> None:
             )
         held = _after(held, step.establishes)
         seen.append(step.name)
+    return held
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,8 @@ def _run_pass(step: Pass, program: Program, context: Context, outputs: Interface
         raise  # already says what was wrong and where
     except IllegalGraph as error:
         raise _pass_error(step, ran, f"{doing}: {error.reason}", error.node) from error
+    except NodeFailure as error:
+        raise _pass_error(step, ran, f"{doing}: {error}", error.node) from error.__cause__
     except Exception as error:
         raise _pass_error(step, ran, f"{doing}: {type(error).__name__}: {error}", None) from error
     return changed

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from qcompile.ir import Program, copy_meta, fake_mode
+from qcompile.ir import Program, blaming, copy_meta, fake_mode
 
 if TYPE_CHECKING:
     from qcompile.passes.base import Context
@@ -66,14 +66,15 @@ def _sweep(by_target: dict[Any, list[Rule]], program: Program, context: Context)
         if node.op != "call_function" or not node.users:
             continue
         for rule in by_target.get(node.target, ()):
-            reason = rule.check(program, node)
+            with blaming(node):
+                reason = rule.check(program, node)
             if reason is not None:
                 if reason:
                     program.ledger.decline(rule.name, node, reason)
                 continue
             if not context.spend(rule.name, node):
                 return changed
-            with program.graph.inserting_before(node):
+            with blaming(node), program.graph.inserting_before(node):
                 new = rule.replace(program, node)
             node.replace_all_uses_with(new)
             changed = True

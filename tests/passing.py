@@ -111,3 +111,26 @@ class TwoBranches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) + self.b(x)
+
+
+def network(seed: int = 0) -> nn.Module:
+    """A small residual classifier: (N, 3, 10, 10) to (N, 5)."""
+    return randomize(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU6(),
+            Block(16),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 16, 3, groups=16, padding=1),
+            nn.Hardswish(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 5),
+        ),
+        seed,
+    )
+
+
+def images(count: int = 8, batch: int = 1) -> list[Tensor]:
+    return [randn(batch, 3, 10, 10, seed=i) for i in range(count)]
