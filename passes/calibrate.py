@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qcompile.batches import empty
 from qcompile.errors import CalibrationError
 from qcompile.inputs import flatten
 from qcompile.ir import InputSpec, Program, Property
@@ -36,7 +38,8 @@ class Calibrate(Pass):
     def run(self, program: Program, context: Context) -> bool:
         if context.calibration is None:
             raise CalibrationError("no calibration data", remedy="pass calibration=an iterable of inputs")
-        total = len(context.calibration) if isinstance(context.calibration, Sized) else None
+        length = length_hint(context.calibration, -1)
+        total = length if length >= 0 else None
         done = 0
         for index, batch in enumerate(context.calibration):
             for inputs in check_batch(program.inputs, batch, index):
@@ -44,10 +47,7 @@ class Calibrate(Pass):
             done = index + 1
             context.report("calibrate", done, total)
         if done == 0:
-            raise CalibrationError(
-                "the calibration data is empty",
-                remedy="pass at least one batch; a generator that was read before is empty, so make a new one",
-            )
+            raise empty()
         return False
 
 

@@ -49,8 +49,9 @@ class Quantize(Pass):
     def run(self, program: Program, context: Context) -> bool:
         observers = {n: _observer(program, n) for n in program.graph.nodes if n.op == "call_module"}
         for node, observer in list(observers.items()):
-            if not (root(observer).finite and root(observer).seen):
-                _give_up(node)
+            measured = root(observer)
+            if not (measured.finite and measured.seen):
+                _give_up(node, "never occurred" if measured.finite else "are not finite (or beyond 1e30)")
                 del observers[node]
         # Weights first: an observer says the scale of the activation that they meet.
         groups = list(read(program.graph, observers.__contains__, observers.__contains__))
@@ -68,11 +69,11 @@ def _observer(program: Program, node: fx.Node) -> Observer:
     return observer
 
 
-def _give_up(node: fx.Node) -> None:
+def _give_up(node: fx.Node, why: str) -> None:
     """Leave a tensor float: its values are no measurement (an attention mask of -infinity)."""
     (tensor,) = node.all_input_nodes
     for user in (tensor, *node.users):
-        user.meta.setdefault(STAYS_FLOAT, f"the values of {place(tensor)} are not finite (or beyond 1e30)")
+        user.meta.setdefault(STAYS_FLOAT, f"the values of {place(tensor)} {why}")
     node.replace_all_uses_with(tensor)
     node.graph.erase_node(node)
 

@@ -12,12 +12,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qcompile.errors import CaptureError
+from qcompile.errors import CalibrationError, CaptureError
 from qcompile.ir import InputSpec
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -32,11 +33,14 @@ def is_empty(inputs: Any) -> bool:
 def example_call(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments of an example call of `model`."""
     parameters = list(inspect.signature(model.forward).parameters.values())
+    inputs = pytree.tree_map_only(np.ndarray, torch.from_numpy, inputs)
+    _check_types(inputs)
     if isinstance(inputs, Mapping):
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in parameters}
         args: tuple[Any, ...] = ()
-        kwargs = {k: v for k, v in inputs.items() if takes_any or k in names}
+        # In the order of the signature, which is then the order of the graph's inputs.
+        kwargs = {p.name: inputs[p.name] for p in parameters if p.name in inputs}
+        kwargs |= {k: v for k, v in inputs.items() if takes_any and k not in kwargs}
     else:
         args, kwargs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
         if not any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
@@ -48,6 +52,17 @@ def example_call(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> tuple[tu
         (*grown.values(), *args[len(grown) :]),
         {name: _grow(value, specs.get(name)) for name, value in kwargs.items()},
     )
+
+
+def _check_types(inputs: Any) -> None:
+    """Refuse float inputs of another width before the model meets them: its own error would be about weights."""
+    named = inputs if isinstance(inputs, Mapping) else dict(enumerate(pytree.tree_leaves(inputs)))
+    for name, value in named.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float32:
+            raise CalibrationError(
+                f"the example input {name!r} is {value.dtype}",
+                remedy="pass float32 inputs, and a model that takes them: x.float(), model.float()",
+            )
 
 
 def _specs_by_name(dynamic_shapes: Any, names: list[str]) -> dict[str, Any]:
@@ -78,10 +93,10 @@ def _grow(value: Any, spec: Any) -> Any:
 def input_specs(exported: ExportedProgram, graph_module: fx.GraphModule, dynamic_shapes: Any) -> tuple[InputSpec, ...]:
     """One spec per placeholder. A dynamic dimension has the name of the user's Dim, where it has one."""
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    user = _specs_by_name(dynamic_shapes, [n.name for n in placeholders])
+    user = _specs_by_name(dynamic_shapes, [str(n.target) for n in placeholders])
     names: dict[str, str] = {}
     for node in placeholders:
-        for axis, dim in _axes(user.get(node.name)).items():
+        for axis, dim in _axes(user.get(str(node.target))).items():
             size = node.meta["val"].shape[axis]
             if isinstance(size, torch.SymInt):
                 names.setdefault(str(size), getattr(dim, "__name__", str(size)))
@@ -104,8 +119,8 @@ def _spec(exported: ExportedProgram, node: fx.Node, names: dict[str, str]) -> In
                 remedy="give each dynamic dimension a Dim of its own, or the same Dim where sizes are equal",
             )
         bounds = exported.range_constraints[symbol]
-        high = int(bounds.upper) if bounds.upper.is_number and bounds.upper.is_finite else UNBOUNDED
-        shape.append((names.get(str(size), str(size)), max(1, int(bounds.lower)), min(high, UNBOUNDED)))
+        high = int(min(bounds.upper, UNBOUNDED))  # it may be infinite
+        shape.append((names.get(str(size), str(size)), max(1, int(bounds.lower)), high))
     return InputSpec(str(node.target), tuple(shape), str(value.dtype).removeprefix("torch."))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from qcompile.batches import Batches
 from qcompile.capture import capture
 from qcompile.config import QuantConfig
-from qcompile.errors import CalibrationError, InputError
+from qcompile.errors import CalibrationError, ConfigError, InputError, PipelineError
 from qcompile.inputs import flatten, is_empty, unflatten
-from qcompile.ir import LedgerRow, Program
-from qcompile.manager import Dump, PassManager, PassRecord
+from qcompile.ir import LedgerRow, Program, Property
+from qcompile.manager import Dump, PassManager, PassRecord, check_order
 from qcompile.passes import Context, Pipeline, default_pipeline
 from qcompile.passes.base import Objection, Progress
 
@@ -85,52 +86,26 @@ def quantize(
     Raises:
         CaptureError, CalibrationError, ConfigError, PipelineError, PassError, QuantizationError
     """
-    config = config or QuantConfig()
+    config = QuantConfig() if config is None else config
+    if not isinstance(config, QuantConfig):
+        raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
     if calibration is None:
         raise CalibrationError(
             "no calibration data",
             remedy="pass calibration=an iterable of typical inputs, for example a list of 32 preprocessed images",
         )
+    batches = Batches(calibration)
     if is_empty(example_inputs) and not isinstance(model, ExportedProgram):
-        calibration, example_inputs = _peek(calibration)
+        example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
-    context = Context(config, calibration, progress, rewrite_limit, objection)
+    context = Context(config, batches, progress, rewrite_limit, objection)
     manager = PassManager(tuple(pipeline if pipeline is not None else default_pipeline(config)), dump)
+    if Property.INTEGER not in check_order(manager.passes, program.properties):
+        raise PipelineError(
+            "the pipeline does not end in an integer program",
+            where=f"pipeline {', '.join(step.name for step in manager.passes) or 'without passes'}",
+            remedy="start from qcompile.passes.default_pipeline(), and keep 'fuse_requantize' or a pass in its place",
+        )
     with torch.no_grad():
         records = manager.run(program, context)
     return QuantizedModel(program, records)
-
-
-class _Again:
-    """An iterable whose first item was taken, with it in front again. Keeps its length, if it has one."""
-
-    def __init__(self, first: Any, rest: Iterator[Any]) -> None:
-        self.first, self.rest = first, rest
-
-    def __iter__(self) -> Iterator[Any]:
-        yield self.first
-        yield from self.rest
-
-
-class _Sized(_Again):
-    def __init__(self, first: Any, rest: Iterator[Any], length: int) -> None:
-        super().__init__(first, rest)
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-
-def _peek(calibration: Iterable[Any]) -> tuple[Iterable[Any], Any]:
-    """The calibration data still whole, and its first batch."""
-    batches = iter(calibration)
-    try:
-        first = next(batches)
-    except StopIteration:
-        raise CalibrationError(
-            "the calibration data is empty",
-            remedy="pass at least one batch; a generator that was read before is empty, so make a new one",
-        ) from None
-    if isinstance(calibration, Sized):
-        return _Sized(first, batches, len(calibration)), first
-    return _Again(first, batches), first

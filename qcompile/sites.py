@@ -220,5 +220,5 @@ def _holds_reals(value: Any) -> bool:
 
 
 def place(node: fx.Node) -> str:
-    """How an error names a node: its module path, or its own name."""
-    return where(node) or node.name
+    """How an error names a node: its module path, or its own name (an input's as the model has it)."""
+    return where(node) or (str(node.target) if node.op == "placeholder" else node.name)

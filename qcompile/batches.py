@@ -1,0 +1,75 @@
+"""Calibration data as the user gives it: an iterable of batches, read once, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from operator import length_hint
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qcompile.errors import CalibrationError
+
+
+class Batches:
+    """Iterates over the user's data once; `first` looks at the first batch without taking it away.
+
+    Raises:
+        CalibrationError: the data is one batch and no iterable of them, or raises while it is read.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        remedy = "pass an iterable of batches: a list of inputs, a generator or a DataLoader"
+        if isinstance(data, (Tensor, np.ndarray, Mapping, str)):
+            raise CalibrationError(f"the calibration data is one {type(data).__name__}", remedy=f"{remedy}, as [batch]")
+        try:
+            self._rest = iter(data)
+        except TypeError as error:
+            raise CalibrationError(
+                f"the calibration data is a {type(data).__name__}, which is not iterable", remedy=remedy
+            ) from error
+        self._length = length_hint(data, -1)
+        self._waiting: list[Any] = []
+        self._taken = 0
+
+    def __length_hint__(self) -> int:
+        return self._length if self._length >= 0 else NotImplemented
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._waiting:
+            return self._waiting.pop()
+        try:
+            batch = next(self._rest)
+        except StopIteration:
+            raise
+        except Exception as error:
+            raise CalibrationError(
+                f"the calibration data raised {type(error).__name__}: {error}",
+                where=f"calibration batch {self._taken}",
+                remedy="check that a plain loop over the data works",
+            ) from error
+        self._taken += 1
+        return batch
+
+    def first(self) -> Any:
+        """The first batch, which will be read again.
+
+        Raises:
+            CalibrationError: there is none.
+        """
+        for batch in self:
+            self._waiting.append(batch)
+            return batch
+        raise empty()
+
+
+def empty() -> CalibrationError:
+    """What to say of data without a batch."""
+    return CalibrationError(
+        "the calibration data is empty",
+        remedy="pass at least one batch; a generator that was read before is empty, so make a new one",
+    )
