@@ -77,7 +77,7 @@ def _check_norm(node: fx.Node) -> str | None:
 
 def _check_fold(program: Program, node: fx.Node) -> str | None:
     objection = _check_norm(node)
-    if objection:
+    if objection is not None:
         return objection
     norm = _norm_of(node)
     assert norm is not None
@@ -111,7 +111,7 @@ def _fold(program: Program, node: fx.Node) -> fx.Node:
 
 def _check_depthwise(program: Program, node: fx.Node) -> str | None:
     objection = _check_norm(node)
-    if objection:
+    if objection is not None:
         return objection
     norm = _norm_of(node)
     assert norm is not None

@@ -2,8 +2,8 @@
 
 torch.export gives functional ATen with parameters lifted to inputs; here they become constants
 (``get_attr``) of the graph, copied, so that the user's model is neither modified nor watched.
-Whatever cannot be compiled faithfully is refused: training-mode layers, control flow on data,
-mutated buffers, weights that are not finite or not float32.
+Whatever cannot be compiled faithfully is refused: training-mode layers, control flow on data, random
+numbers, mutated buffers, weights that are not finite or not float32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _TRAINING_NORMS = (
     aten._batch_norm_with_update_functional.default,
     aten.native_batch_norm.default,
 )
+_TRAINING_ONLY = frozenset({"train", "training", "p", "dropout", "dropout_p"})  # arguments: random only when all are on
+_REMEDY_EVAL = "call model.eval() before exporting or compiling; a functional call needs training=self.training"
 # Checks that torch.export leaves in the graph; the compiled model checks its own inputs.
 _ASSERTIONS = (
     aten._assert_async.msg,
@@ -53,7 +55,7 @@ def capture(
             repeated, because torch.export would take the 1 for a constant.
 
     Raises:
-        CalibrationError: there are no example inputs.
+        CalibrationError: there are no example inputs, or their floats are not float32.
         CaptureError: the model cannot be captured; says why, where and what to do.
     """
     if isinstance(model, ExportedProgram):
@@ -62,6 +64,8 @@ def capture(
                 "an ExportedProgram already has its dynamic shapes", remedy="give dynamic_shapes to torch.export"
             )
         exported = model
+    elif isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("the model is TorchScript", remedy="pass the nn.Module that it was made from")
     elif isinstance(model, nn.Module):
         if is_empty(example_inputs):
             raise CalibrationError(
@@ -133,7 +137,7 @@ def _check_signature(exported: ExportedProgram) -> None:
 
 
 def _check_node(node: fx.Node) -> None:
-    """Refuse training-mode operators, control flow on data, and operators that torch alone can run."""
+    """Refuse control flow on data, training-mode operators and random numbers."""
     if node.op != "call_function":
         return
     here = {"where": where(node) or "the model's own forward", "source": source(node)}
@@ -143,16 +147,31 @@ def _check_node(node: fx.Node) -> None:
             remedy="compute both branches and choose with torch.where, or unroll the loop",
             **here,
         )
-    trains: Any = node.target in _TRAINING_NORMS
-    if node.target is aten.batch_norm.default:
-        trains = bool(node.args[5])
-    if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
-        trains = bool(node.args[2]) and node.args[1] != 0
-    if node.target is aten.native_dropout.default:
-        trains = node.args[2] is not False and node.args[1] != 0
-    if trains:
-        kind = "dropout" if "dropout" in str(node.target) else "batch norm"
-        raise CaptureError(f"{kind} in training mode", remedy="call model.eval() before exporting or compiling", **here)
+    if node.target is aten._native_batch_norm_legit.no_stats:
+        raise CaptureError(
+            "batch norm without running statistics",
+            remedy="call model.eval(); a batch norm must track running statistics to be compiled",
+            **here,
+        )
+    if node.target in _TRAINING_NORMS or (node.target is aten.batch_norm.default and node.args[5]):
+        raise CaptureError("batch norm in training mode", remedy=_REMEDY_EVAL, **here)
+    if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        _check_random(node, here)
+
+
+def _check_random(node: fx.Node, here: dict[str, Any]) -> None:
+    """Refuse an operator that draws random numbers, unless its arguments say that here it does not."""
+    operator: Any = node.target
+    given = {
+        argument.name: node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        for i, argument in enumerate(operator._schema.arguments)
+    }
+    switches = [value for name, value in given.items() if name in _TRAINING_ONLY]
+    name = operator._schema.name.removeprefix("aten::").removeprefix("native_")
+    if not switches:
+        raise CaptureError(f"{name} draws random numbers", remedy="make them an input of the model", **here)
+    if all(value is None or value for value in switches):
+        raise CaptureError(f"{name} in training mode", remedy=_REMEDY_EVAL, **here)
 
 
 def _unlift(exported: ExportedProgram) -> fx.GraphModule:
@@ -184,8 +203,10 @@ def _unlift(exported: ExportedProgram) -> fx.GraphModule:
             env[node] = graph.node_copy(node, lambda n: env[n])
         elif node.op == "output":
             flat = [v for v in node.args[0] if v is not None]
-            if not all(isinstance(v, fx.Node) and isinstance(v.meta.get("val"), Tensor) for v in flat):
-                raise CaptureError("the model returns a number", remedy="return tensors only")
+            for value in flat:
+                if not (isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)):
+                    kind = "number" if isinstance(value, fx.Node) else type(value).__name__
+                    raise CaptureError(f"the model returns a {kind}", remedy="return tensors only")
             graph.output(tuple(env[v] for v in flat))
     graph_module.recompile()
     return graph_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -11,17 +12,20 @@ from qcompile.errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
+_STANDARD = sysconfig.get_path("stdlib")
 _DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "Could not guard on", "Could not extract specialized")
 _CONSTRAINT = ("Constraints violated", "ConstraintViolation", "dynamic_shapes")
 
 
 def user_line(error: BaseException) -> str | None:
-    """The innermost line outside torch and qcompile that `error` passed through: "file:12, in forward: code"."""
+    """The innermost line of the user's that `error` passed through: "file:12, in forward: code". Torch, qcompile
+    and Python's own library are not the user's."""
     found, trace = None, error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         name = code.co_filename
-        if not name.startswith((_TORCH, _OURS, "<")):
+        standard = name.startswith(_STANDARD) and "-packages" not in name  # which may lie inside
+        if not standard and not name.startswith((_TORCH, _OURS, "<")):
             text = linecache.getline(name, trace.tb_lineno).strip()
             found = f"{name}:{trace.tb_lineno}, in {code.co_name}: {text}"
         trace = trace.tb_next
