@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qcompile.artifact import TensorSpec
 from qcompile.errors import InputError
+
+
+def in_order(specs: Sequence[TensorSpec], inputs: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
+    """Positional and keyword inputs in the order of `specs`; lists and tuples are taken apart.
+
+    Raises:
+        InputError: a keyword is no input of the model, or is given twice.
+    """
+    if any(isinstance(value, (list, tuple)) for value in inputs):
+        inputs = list(_leaves(inputs))
+    if not named:
+        return inputs
+    wanted = [spec.name for spec in specs[len(inputs) :]]
+    if set(named) != set(wanted):
+        raise InputError(
+            f"the keyword inputs are {', '.join(named)}, and the model takes {', '.join(wanted) or 'no more'}",
+            remedy="give every input once, by position or by its name",
+        )
+    return [*inputs, *(named[name] for name in wanted)]
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 class InputChecker:

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from qcompile.artifact import Artifact, CoverageRow, Golden, PassRow, TensorSpec, Variant
+from qcompile.checks import InputChecker
 from qcompile.config import QuantConfig
 from qcompile.device import lacks
 from qcompile.errors import DeviceError, StrictError
-from qcompile.inputs import unflatten
 from qcompile.ir import Program, shape_of
 from qcompile.manager import PassRecord
 from qcompile.passes import Pipeline
@@ -48,12 +48,18 @@ class CompiledModel(Model):
         self._foreign = all(lacks(v.machine, v.features) for v in artifact.variants)
         if self._foreign:  # built for another machine: it can be saved and inspected, not run
             self.artifact, self._variant = artifact, artifact.variants[0]
+            self._check = InputChecker(artifact.inputs)
         else:
             super().__init__(artifact, threads=threads)
 
-    def reference(self, *inputs: Tensor) -> Any:
-        """The integer graph in eager PyTorch: the same bits as the machine code, slowly."""
-        return unflatten(self.artifact.output_structure, self.program(*inputs))
+    def reference(self, *inputs: Any, **named: Any) -> Any:
+        """The integer graph in eager PyTorch: called as the model is, gives the same bits, slowly."""
+        return self._apply(self._reference, inputs, named)
+
+    def _reference(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        # Copies: an array may be read-only, and an output may be an input's own memory.
+        outputs = self.program(*[torch.from_numpy(array.copy()) for array in self._check(inputs)])
+        return [output.contiguous().numpy() for output in outputs]
 
     def flat(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Flat NumPy inputs to flat NumPy outputs.
@@ -102,7 +108,7 @@ def compile(
     Raises:
         QcompileError: every mistake has its subclass, see `qcompile.errors`.
     """
-    where = get(target) if isinstance(target, str) else target
+    where = target if isinstance(target, Target) else get(str(target))
     quantized = quantize(
         model,
         example_inputs=example_inputs,

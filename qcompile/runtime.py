@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
-from qcompile.checks import InputChecker
+from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
 from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
 from qcompile.executable import Executable, set_threads
@@ -101,18 +101,24 @@ class Model:
         """The target whose machine code was loaded."""
         return self._variant.name
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the model: NumPy arrays in and out, or torch tensors in and out.
 
-        Outputs nest as the model's own do, and are the caller's to keep and to change.
+        Inputs are given by position or by name. Outputs nest as the model's own do, and are the
+        caller's to keep and to change.
 
         Raises:
             InputError: count, shape or dtype do not fit. (Values may be anything, NaN included.)
         """
+        return self._apply(self.flat, inputs, named)
+
+    def _apply(self, run: Callable[..., list[np.ndarray]], inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """`run`, which takes and returns flat arrays, on inputs as the user gives them."""
+        inputs = in_order(self.artifact.inputs, inputs, named)
         torch = sys.modules.get("torch")
         from_torch = torch is not None and any(isinstance(x, torch.Tensor) for x in inputs)
         arrays = _from_torch(torch, inputs) if from_torch else inputs
-        flat = self.flat(*arrays)
+        flat = run(*arrays)
         results = [torch.from_numpy(array) for array in flat] if torch is not None and from_torch else flat
         return _nest(self.artifact.output_structure, results)
 
@@ -187,11 +193,18 @@ def _from_torch(torch: Any, inputs: Sequence[Any]) -> list[Any]:
         raise InputError(
             "torch inputs must all be tensors on the CPU", remedy="call .cpu() on each, or give NumPy arrays"
         )
-    return [x.detach().numpy() for x in inputs]
+    try:
+        return [x.detach().numpy() for x in inputs]
+    except (TypeError, RuntimeError) as error:
+        raise InputError(
+            f"a torch input is no plain array: {error}", remedy="give dense tensors of a dtype that NumPy has"
+        ) from error
 
 
 def _nest(structure: Any, flat: Sequence[Any]) -> Any:
     """Flat outputs as the model's own structure."""
+    if structure is None:
+        return None
     if isinstance(structure, int):
         return flat[structure]
     ((kind, inner),) = structure.items()
@@ -209,6 +222,7 @@ def _differences(got: np.ndarray, want: np.ndarray, tolerance: float) -> int:
         raw = np.uint8, (*want.shape, want.dtype.itemsize)
         a, b = (np.ascontiguousarray(x).view(raw[0]).reshape(raw[1]) for x in (got, want))
         return int(np.count_nonzero((a != b).any(axis=-1)))
+    got, want = got.astype(np.float64), want.astype(np.float64)
     limit = tolerance * float(np.nanmax(np.abs(want), initial=0.0))
     with np.errstate(invalid="ignore"):  # infinity - infinity
         close = (np.abs(got - want) <= limit) | (np.isnan(got) & np.isnan(want)) | (got == want)
