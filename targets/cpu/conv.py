@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx
+from tvm.sym import Analyzer
 from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import DotProduct, InstructionSet
@@ -299,7 +300,7 @@ def _build(
 
 def _split(lines: Dim, blocks: int, channels_outer: bool, body: Any) -> None:
     """One parallel loop over lines x blocks, in the chosen order."""
-    if isinstance(lines, int) and lines == 0:
+    if Analyzer().can_prove_equal(lines, 0):  # TVM refuses to divide by what it can prove to be zero
         return
     with parallel(lines * blocks) as task:
         if channels_outer:

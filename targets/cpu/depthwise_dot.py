@@ -161,20 +161,20 @@ def depthwise_dot(
     return Kernel(name, func, tuple(constants.values()))
 
 
-def _zip(a: Any, b: Any, unit: int, high: bool, size: int) -> Any:
-    """Units of `unit` bytes of `a` and `b` in turn, from the low or high half of every part."""
+def _zip(pair: list[Any], unit: int, high: bool, size: int) -> Any:
+    """Units of `unit` bytes of two vectors in turn, from the low or high half of every part."""
     indices = []
     for part in range(0, size, PART):
         for at in range(0, PART // 2, unit):
             first = part + at + (PART // 2 if high else 0)
             indices += [*range(first, first + unit), *range(size + first, size + first + unit)]
-    return T.Shuffle([a, b], indices)
+    return T.Shuffle(pair, indices)
 
 
 def _quad(rows: list[Any], size: int) -> list[Any]:
     """Four vectors of bytes -> four vectors with the four bytes of each channel side by side."""
-    pairs = [[_zip(a, b, 1, high, size) for a, b in (rows[:2], rows[2:])] for high in (False, True)]
-    return [_zip(*pair, 2, high, size) for pair in pairs for high in (False, True)]
+    pairs = [[_zip(pair, 1, high, size) for pair in (rows[:2], rows[2:])] for high in (False, True)]
+    return [_zip(pair, 2, high, size) for pair in pairs for high in (False, True)]
 
 
 def _build(
