@@ -1,0 +1,91 @@
+"""The targets by name, and what each row says of itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from execution import TARGETS
+
+from qcompile.errors import DeviceError, TargetError
+from qcompile.targets import Target, get, names, registry
+
+X86 = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+# What a processor must have to take dot products in this way.
+NEEDS = {"vpdpbusd": "avx512vnni", "vpmaddubsw": "avx2", "vpmaddwd": "avx2", "sdot": "asimddp", "smull": "asimd"}
+
+
+def test_native_comes_first_and_every_name_is_known() -> None:
+    assert names()[0] == "native"
+    assert {"x86-avx512-vnni", "x86-avx2", "arm64-dotprod", "arm64-neon"} <= set(names())
+    assert [get(name).name for name in TARGETS] == list(TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "best"),
+    [
+        ("x86_64", X86, "x86-avx512-vnni"),
+        ("x86_64", X86[:-1], "x86-avx2"),
+        ("x86_64", (*X86, "amxint8", "somethingnew"), "x86-avx512-vnni"),
+        ("aarch64", ("fp", "asimd", "asimddp", "i8mm"), "arm64-dotprod"),
+        ("aarch64", ("fp", "asimd"), "arm64-neon"),
+    ],
+)
+def test_native_is_the_best_that_the_machine_can_run(
+    machine: str, features: tuple[str, ...], best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "machine", lambda: (machine, frozenset(features)))
+    assert get("native").name == best
+
+
+@pytest.mark.parametrize(
+    ("machine", "features"), [("x86_64", ("sse42",)), ("aarch64", ()), ("riscv64", ("avx2", "fma", "asimd"))]
+)
+def test_a_machine_that_fits_no_target_is_told_so(
+    machine: str, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "machine", lambda: (machine, frozenset(features)))
+    with pytest.raises(DeviceError, match=f"no target fits this machine .{machine}"):
+        get("native")
+
+
+def test_a_wrong_name_lists_the_right_ones() -> None:
+    with pytest.raises(TargetError, match=r"did you mean 'x86-avx2'\?.* known targets: native, .*arm64-neon"):
+        get("x86-avx")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_asks_for_what_its_dot_products_need(name: str) -> None:
+    target = get(name)
+    assert {NEEDS[dot.name] for dot in target.isa.dots} <= set(target.features)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_is_consistent(name: str) -> None:
+    target = get(name)
+    assert target.tvm["mtriple"].split("-")[0] == target.machine
+    assert len(set(target.features)) == len(target.features)
+    assert target.linkers
+    isa = target.isa
+    # The widest registers of the processor, and as many as it has.
+    wide = {"avx512f": (16, 32), "avx2": (8, 16), "asimd": (4, 32)}
+    assert (isa.lanes, isa.registers) == next(wide[f] for f in ("avx512f", "avx2", "asimd") if f in target.features)
+    assert isa.offset == {"uint8": 128, "int8": 0}[isa.storage]
+
+
+def test_the_dot_product_that_is_exact_for_every_weight_comes_last() -> None:
+    extreme = np.full((1, 16, 4), -127, np.int8)
+    for target in map(get, TARGETS):
+        assert target.isa.dot_for(extreme) is target.isa.dots[-1]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_of_two_targets_for_one_machine_the_higher_rank_needs_more(machine: str) -> None:
+    def rank(target: Target) -> int:
+        return target.rank
+
+    ordered = sorted((get(name) for name in TARGETS if get(name).machine == machine), key=rank)
+    assert len({target.rank for target in ordered}) == len(ordered)
+    for low, high in pairwise(ordered):
+        assert set(low.features) < set(high.features), f"{high.name} would be chosen over {low.name}"
