@@ -21,6 +21,7 @@ def _flat(weight: np.ndarray) -> np.ndarray:
 _SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
 SDOT = DotProduct(
     name="sdot",
+    instructions=1,
     planes=1,
     weight_dtype="int8",
     pack=_flat,
@@ -50,6 +51,7 @@ def _smull(acc: Any, x: tuple[Any, ...], w: list[Any]) -> Any:
 
 SMULL = DotProduct(
     name="smull",
+    instructions=4,
     planes=2,
     weight_dtype="int8",
     pack=_halves,
@@ -63,10 +65,12 @@ def _joined(halves: list[Any], lanes: int) -> Any:
 
 
 def _pack(vectors: list[Any], zero_point: Any) -> Any:
-    shift = T.broadcast(T.cast(zero_point, "int16"), 8)
     words = [_llvm("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", vector) for vector in vectors]
-    shifted = [_llvm("int16x8", "llvm.sadd.sat.v8i16", _joined(words[i : i + 2], 8), shift) for i in (0, 2)]
-    return _joined([_llvm("int8x8", "llvm.aarch64.neon.sqxtn.v8i8", pair) for pair in shifted], 16)
+    pairs = [_joined(words[i : i + 2], 8) for i in (0, 2)]
+    if zero_point is not None:
+        shift = T.broadcast(T.cast(zero_point, "int16"), 8)
+        pairs = [_llvm("int16x8", "llvm.sadd.sat.v8i16", pair, shift) for pair in pairs]
+    return _joined([_llvm("int8x8", "llvm.aarch64.neon.sqxtn.v8i8", pair) for pair in pairs], 16)
 
 
 def _unpack(stored: Any) -> list[Any]:

@@ -21,6 +21,7 @@ class DotProduct:
 
     Attributes:
         name: as kernels report it.
+        instructions: that it takes for one vector of accumulators.
         planes: weight vectors per (lanes channels x 4 products).
         weight_dtype: how those vectors are stored.
         pack: (..., channels, 4) int8 -> (..., planes, elements) of `weight_dtype`, one row per vector.
@@ -30,6 +31,7 @@ class DotProduct:
     """
 
     name: str
+    instructions: int
     planes: int
     weight_dtype: str
     pack: Callable[[np.ndarray], np.ndarray]
@@ -48,7 +50,7 @@ class Narrow:
     Attributes:
         count: how many vectors it takes.
         order: for every lane of every vector, in turn, the byte that holds it: (count * lanes,).
-        pack: (vectors, zero point) -> bytes, saturated to the stored type; values are beyond +-2^15 or exact.
+        pack: (vectors, zero point or None for 0) -> vectors + zero point, saturated to the stored type.
         unpack: bytes -> the vectors, widened to int32.
     """
 

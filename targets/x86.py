@@ -21,6 +21,7 @@ def _flat(weight: np.ndarray) -> np.ndarray:
 
 VPDPBUSD = DotProduct(
     name="vpdpbusd",
+    instructions=1,
     planes=1,
     weight_dtype="int8",
     pack=_flat,
@@ -43,6 +44,7 @@ def _maddubs(acc: Any, x: tuple[Any, ...], w: list[Any]) -> Any:
 # Three instructions for 32 products, but the pair sums saturate at int16: only for proven weights.
 VPMADDUBSW = DotProduct(
     name="vpmaddubsw",
+    instructions=3,
     planes=1,
     weight_dtype="int8",
     pack=_flat,
@@ -76,6 +78,7 @@ def _maddwd(acc: Any, x: tuple[Any, ...], w: list[Any]) -> Any:
 # Four instructions for 32 products, exact for every weight: 16-bit operands, 32-bit sums.
 VPMADDWD = DotProduct(
     name="vpmaddwd",
+    instructions=4,
     planes=2,
     weight_dtype="int16",
     pack=_even_odd,
@@ -96,11 +99,10 @@ def _narrow(count: int, lanes: int, packssdw: str, packuswb: str) -> Narrow:
     words = f"int16x{2 * lanes}"
 
     def pack(vectors: list[Any], zero_point: Any) -> Any:
-        shift = T.broadcast(T.cast(zero_point, "int16"), 2 * lanes)
-        pairs = [
-            _llvm(words, f"llvm.sadd.sat.v{2 * lanes}i16", _llvm(words, packssdw, *vectors[i : i + 2]), shift)
-            for i in range(0, count, 2)
-        ]
+        pairs = [_llvm(words, packssdw, *vectors[i : i + 2]) for i in range(0, count, 2)]
+        if zero_point is not None:
+            shift = T.broadcast(T.cast(zero_point, "int16"), 2 * lanes)
+            pairs = [_llvm(words, f"llvm.sadd.sat.v{2 * lanes}i16", pair, shift) for pair in pairs]
         if count == 4:
             return T.reinterpret(f"uint8x{4 * lanes}", _llvm(f"int8x{4 * lanes}", packuswb, *pairs))
         lowest, highest = (T.broadcast(T.int16(bound), 2 * lanes) for bound in (0, 255))

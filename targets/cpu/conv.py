@@ -27,6 +27,8 @@ from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align
 
+UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body
+
 
 @dataclass(frozen=True)
 class ConvConfig:
@@ -83,29 +85,38 @@ def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
     return [min(a, shape.x.pitch - 4 * fours) for a in first], fours
 
 
-def default_config(shape: ConvShape, isa: InstructionSet, dot: DotProduct, taps_bytes: int) -> ConvConfig:
-    """An analytic choice: the largest tile that fits the registers, whose rows divide the image well."""
-    vectors_total = align(shape.y.channels, isa.lanes) // isa.lanes
+MOST_ROWS, MOST_VECTORS = 8, 8  # larger tiles gain nothing, and overlap less with the next one
+
+
+def default_config(shape: ConvShape, isa: InstructionSet, dot: DotProduct, steps: int) -> ConvConfig:
+    """The tile that takes the fewest cycles by a simple count; `steps`: taps x groups of four channels.
+
+    A step takes as long as its dot products, its loads or the latency of the accumulators, whichever is
+    the longest; storing takes three instructions for a vector of sums and six for one of bytes, two a cycle.
+    """
+    total = align(shape.y.channels, isa.lanes) // isa.lanes
     width = shape.y.extents[2]
-    spare = 1 + dot.planes  # the prepared activations, and one for the products
-    best, best_score = (1, 1), -1.0
-    limit = vectors_total if shape.groups == 1 else max(1, shape.y.channels // shape.groups // isa.lanes)
-    for vectors in range(1, min(4, limit) + 1):
-        if vectors_total % vectors:
-            continue
-        most = (isa.registers - spare - vectors * dot.planes) // vectors
-        if most < 1:
-            continue
-        tiles = -(-width // most) if isinstance(width, int) else 1
-        rows = -(-width // tiles) if isinstance(width, int) else min(most, 8)
-        # Work per load: a tile step loads its rows and its weights for rows * vectors dot products.
-        useful = width / (tiles * rows) if isinstance(width, int) else 1.0
-        work = rows * vectors
-        score = useful * min(1.0, work / (rows + vectors * dot.planes) / 2.0) * min(1.0, work / 10) + vectors * 1e-3
-        if score > best_score:
-            best, best_score = (rows, vectors), score
-    weight_bytes = taps_bytes * vectors_total * isa.lanes
-    return ConvConfig(*best, channels_outer=weight_bytes > isa.l2_bytes // 2)
+    width = width if isinstance(width, int) else 16 * MOST_ROWS
+    spare = 1 + dot.planes  # the prepared activations, and the products
+
+    def tile(rows: int, vectors: int) -> float:
+        step = max(dot.instructions * rows * vectors, dot.planes * vectors + rows, 5)
+        store = rows * (3 * vectors + 6 * len(isa.narrows_for(vectors))) / 2
+        return steps * step + store + 16 if rows else 0.0
+
+    def cycles(config: tuple[int, int]) -> float:
+        rows, vectors = config
+        return total // vectors * (width // rows * tile(rows, vectors) + tile(width % rows, vectors))
+
+    limit = total if shape.groups == 1 else max(1, shape.y.channels // shape.groups // isa.lanes)
+    able = [
+        (rows, vectors)
+        for vectors in range(1, min(MOST_VECTORS, limit) + 1)
+        for rows in range(1, min(MOST_ROWS, max(1, width)) + 1)
+        if total % vectors == 0 and (rows + dot.planes) * vectors + spare <= isa.registers
+    ]
+    weight_bytes = steps * 4 * total * isa.lanes
+    return ConvConfig(*min(able, key=cycles), channels_outer=weight_bytes > isa.l2_bytes // 2)
 
 
 def channel_order(config: ConvConfig, isa: InstructionSet) -> np.ndarray:
@@ -161,8 +172,8 @@ def conv(
     """The kernel of one convolution; `weight` (O, C / groups, KH, KW) int8, `bias` int32, `m` float32."""
     shape = shape.flat()
     dot = isa.dot_for(_by_fours(weight))
-    taps_bytes = int(np.prod(weight.shape[2:])) * channel_ranges(shape, isa.lanes)[1] * 4
-    config = config or default_config(shape, isa, dot, taps_bytes)
+    steps_of_sum = int(np.prod(weight.shape[2:])) * channel_ranges(shape, isa.lanes)[1]
+    config = config or default_config(shape, isa, dot, steps_of_sum)
     packed = pack(weight, shape, config, isa, dot)
     rows = weight.astype(np.int64).reshape(weight.shape[0], -1)
     stored_zero_point = x_zero_point + isa.offset
@@ -181,8 +192,8 @@ def conv(
     }
     if shape.groups > 1:
         constants["starts"] = np.asarray(packed.starts, np.int32)
-    fits = numbers.fits_int32(largest_accumulators(weight, bias), m)
-    func = _build(shape, config, isa, dot, packed, constants, symbols, fits)
+    steps = numbers.steps(largest_accumulators(weight, bias), m, isa)
+    func = _build(shape, config, isa, dot, packed, constants, symbols, steps)
     name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
     label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
@@ -210,14 +221,14 @@ def _build(
     packed: PackedWeights,
     constants: dict[str, np.ndarray],
     symbols: tuple[tirx.Var, ...],
-    fits: bool,
+    steps: epilogue.Steps,
 ) -> tirx.PrimFunc:
     lanes, rows, vectors = isa.lanes, config.rows, config.vectors
     blocks, kh, kw, fours = packed.data.shape[:4]
     block = vectors * lanes
     batch, height, width = shape.y.extents
     element = packed.data.shape[-1]
-    step = vectors * dot.planes * element  # elements of weight per (tap, k)
+    panel_size = vectors * dot.planes * element  # elements of weight per (tap, k)
     lines: Dim = batch * height
     one_line = isinstance(lines, int) and lines == 1
     # One long row is cut into tiles across threads; otherwise a thread takes whole image rows.
@@ -241,7 +252,7 @@ def _build(
             first = starts[b] if starts is not None else 0
 
             def taps(i_h: Any, i_w: Any, k: Any) -> None:
-                panel = (((b * kh + i_h) * kw + i_w) * fours + k) * step
+                panel = (((b * kh + i_h) * kw + i_w) * fours + k) * panel_size
                 loaded = [
                     [load(weights, panel + (j * dot.planes + p) * element, element) for p in range(dot.planes)]
                     for j in range(vectors)
@@ -257,8 +268,12 @@ def _build(
                     for j in range(vectors):
                         acc[i * vectors + j] = dot.accumulate(acc[i * vectors + j], four, loaded[j])
 
-            with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, fours) as k:
-                taps(i_h, i_w, k)
+            if kh * kw * fours <= UNROLLED:
+                for i_h, i_w, k in np.ndindex(kh, kw, fours):
+                    taps(i_h, i_w, k)
+            else:
+                with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, fours) as k:
+                    taps(i_h, i_w, k)
             for i in range(count):
                 j = 0
                 for narrow in isa.narrows_for(vectors):
@@ -272,7 +287,7 @@ def _build(
                     if narrow is None:
                         value = epilogue.requantize(accs[0], ms[0], integers, floats, isa, lanes, other)
                     else:
-                        value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, fits, other)
+                        value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, steps, other)
                     store(y, shape.y.offset(n, h, w + i, channel), value, size)
 
         if one_line:

@@ -155,8 +155,8 @@ def depthwise_dot(
     }
     if tail:
         constants["tail"] = pack(weight, shape, taps(shape, tail), isa)
-    fits = numbers.fits_int32(largest_accumulators(weight, bias), m)
-    func = _build(shape, config, isa, constants, symbols, fits)
+    steps = numbers.steps(largest_accumulators(weight, bias), m, isa)
+    func = _build(shape, config, isa, constants, symbols, steps)
     name = f"depthwise{shape.kernel[0]}x{shape.kernel[1]}_{config.rows}x{config.columns}"
     return Kernel(name, func, tuple(constants.values()))
 
@@ -183,7 +183,7 @@ def _build(
     isa: InstructionSet,
     constants: dict[str, np.ndarray],
     symbols: tuple[tirx.Var, ...],
-    fits: bool,
+    steps: epilogue.Steps,
 ) -> tirx.PrimFunc:
     batch, height, width = shape.y.extents
     kw, stride, dilation = shape.kernel[1], shape.stride[1], shape.dilation[1]
@@ -208,7 +208,7 @@ def _build(
                 if residual is not None and shape.residual is not None:
                     other = load(residual, shape.residual.offset(n, h + r, w + i, c), size)
                 accs = [acc[r, i][j] for j in range(4)]
-                value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, dot.narrow, fits, other)
+                value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, dot.narrow, steps, other)
                 store(y, shape.y.offset(n, h + r, w + i, c), value, size)
 
             acc: dict[tuple[int, int], Registers] = {}

@@ -44,11 +44,29 @@ class Requantize:
         head[:3] = self.lo - self.zero_point, self.hi - self.zero_point, np.float32(self.other_m)
         return head if per_channel is None else np.concatenate([head, per_channel.astype(np.float32)])
 
-    def fits_int32(self, largest: np.ndarray, m: np.ndarray) -> bool:
-        """Whether no product of an accumulator of at most `largest` (per channel) with `m`, nor its sum with a
-        residual, comes near the end of int32, so that converting needs no clamp before it."""
+    def steps(self, largest: np.ndarray, m: np.ndarray, isa: InstructionSet) -> Steps:
+        """What storing takes, where no accumulator of a channel is larger than `largest`."""
         reach = largest.astype(np.float64) * m.astype(np.float64) + 255 * abs(self.other_m)
-        return bool((reach < 2.0**30).all())
+        return Steps(
+            bounded=bool((reach < 2.0**30).all()),
+            shifts=self.zero_point + isa.offset != 0,
+            clamps=(self.lo, self.hi) != (-128, 127),
+        )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of `requantize_many` that these numbers need; leaving out the others changes no bit.
+
+    Attributes:
+        bounded: no value comes near the end of int32, so none need be clamped before it is converted.
+        shifts: the stored zero point is not 0.
+        clamps: the bounds are tighter than the stored type's, to which packing saturates anyway.
+    """
+
+    bounded: bool
+    shifts: bool
+    clamps: bool
 
 
 def to_float(acc: Any, lanes: int) -> Any:
@@ -62,16 +80,19 @@ def finish(real: Any, integers: Any, floats: Any, isa: InstructionSet, lanes: in
 
 
 def finish_many(
-    reals: list[Any], integers: Any, floats: Any, isa: InstructionSet, lanes: int, narrow: Narrow, fits: bool
+    reals: list[Any], integers: Any, floats: Any, isa: InstructionSet, lanes: int, narrow: Narrow, steps: Steps
 ) -> Any:
     """As `finish`, for several vectors at once, in the order of `narrow`.
 
     Bounds that are integers may be applied after the rounding: rne(clamp(r)) = clamp(rne(r)). So the
-    clamp is done on packed bytes, unless `fits` is false: a value might not fit int32.
+    clamp is done on packed bytes, unless a value might not fit int32.
     """
-    if not fits:
+    if not steps.bounded:
         reals = [_clamp(real, floats, lanes) for real in reals]
-    packed = narrow.pack([llvm("int32", lanes, "llvm.lrint", real) for real in reals], integers[0])
+    rounded = [llvm("int32", lanes, "llvm.lrint", real) for real in reals]
+    packed = narrow.pack(rounded, integers[0] if steps.shifts else None)
+    if not steps.clamps:
+        return packed
     lo, hi = (splat(T.cast(integers[i], isa.storage), narrow.count * lanes) for i in (4, 5))
     return T.min(T.max(packed, lo), hi)
 
@@ -101,13 +122,13 @@ def requantize_many(
     isa: InstructionSet,
     lanes: int,
     narrow: Narrow,
-    fits: bool,
+    steps: Steps,
     residual: Any = None,
 ) -> Any:
     """As `requantize`, for several vectors at once, in the order of `narrow`; `residual`: their bytes."""
     others = [None] * len(accs) if residual is None else narrow.unpack(residual)
     reals = [_scaled(acc, m, integers, floats, lanes, other) for acc, m, other in zip(accs, ms, others, strict=True)]
-    return finish_many(reals, integers, floats, isa, lanes, narrow, fits)
+    return finish_many(reals, integers, floats, isa, lanes, narrow, steps)
 
 
 def _scaled(acc: Any, m: Any, integers: Any, floats: Any, lanes: int, residual: Any) -> Any:
@@ -131,7 +152,7 @@ def fill_halo(y: Any, layout: Layout, integers: Any, isa: InstructionSet) -> Non
     with T.serial(0, batch) as n:
         # The margin right of one row and left of the next are neighbours in memory.
         fill(y, layout.offset(n, -top, -left, 0), top * row + left * pitch, value)
-        if left + right and height > 1:
+        if left + right and not (isinstance(height, int) and height <= 1):
             with T.serial(0, height - 1) as h:
                 fill(y, layout.offset(n, h, width, 0), (right + left) * pitch, value)
         fill(y, layout.offset(n, height - 1, width, 0), right * pitch + bottom * row, value)
