@@ -99,8 +99,9 @@ class Timed:
 
 def kernel(shape: Shape, target: Any, config: Any = None) -> tuple[str, Timed]:
     """The name and the timed kernel of `shape`; `config` None: the default tile."""
-    from qcompile.targets.cpu.conv import ConvShape, conv
+    from qcompile.targets.cpu.conv import conv
     from qcompile.targets.cpu.epilogue import Requantize
+    from qcompile.targets.cpu.filters import ConvShape, Filters
     from qcompile.targets.layout import Layout
 
     isa, rng, pad = target.isa, np.random.default_rng(0), shape.kernel // 2
@@ -110,7 +111,7 @@ def kernel(shape: Shape, target: Any, config: Any = None) -> tuple[str, Timed]:
     weight = rng.integers(-127, 128, (shape.out_channels, shape.channels, shape.kernel, shape.kernel), dtype=np.int8)
     bias = rng.integers(-1000, 1000, shape.out_channels, dtype=np.int32)
     m = (rng.random(shape.out_channels) * 1e-3).astype(np.float32)
-    made = conv(place, weight, bias, m, 3, Requantize(-128), isa, config=config)
+    made = conv(place, Filters(weight, bias, m, x_zero_point=3), Requantize(-128), isa, config=config)
     pools, starts = {}, []
     for constant in made.constants:
         before = pools.get(str(constant.dtype), constant[:0])

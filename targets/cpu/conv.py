@@ -25,7 +25,8 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
-from qcompile.targets.layout import NO_HALO, Dim, Layout, align
+from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.layout import Dim, align
 
 UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body
 
@@ -44,29 +45,6 @@ class ConvConfig:
     rows: int
     vectors: int
     channels_outer: bool
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    """The geometry of one convolution; everything that shapes the code and nothing else."""
-
-    x: Layout
-    y: Layout
-    residual: Layout | None
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]  # top, left
-    dilation: tuple[int, int]
-    groups: int
-
-    def flat(self) -> ConvShape:
-        """As one long row of pixels, where pixels of input and output correspond one to one."""
-        layouts = (self.x, self.y, *([self.residual] if self.residual else []))
-        pointwise = self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
-        if not pointwise or any(layout.halo != NO_HALO for layout in layouts):
-            return self
-        residual = self.residual.flattened() if self.residual else None
-        return ConvShape(self.x.flattened(), self.y.flattened(), residual, (1, 1), (1, 1), (0, 0), (1, 1), self.groups)
 
 
 def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
@@ -160,25 +138,18 @@ def pack(
 
 def conv(
     shape: ConvShape,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    m: np.ndarray,
-    x_zero_point: int,
+    filters: Filters,
     numbers: epilogue.Requantize,
     isa: InstructionSet,
     symbols: tuple[tirx.Var, ...] = (),
     config: ConvConfig | None = None,
 ) -> Kernel:
-    """The kernel of one convolution; `weight` (O, C / groups, KH, KW) int8, `bias` int32, `m` float32."""
-    shape = shape.flat()
+    """The kernel of one convolution."""
+    shape, weight = shape.flat(), filters.weight
     dot = isa.dot_for(_by_fours(weight))
     steps_of_sum = int(np.prod(weight.shape[2:])) * channel_ranges(shape, isa.lanes)[1]
     config = config or default_config(shape, isa, dot, steps_of_sum)
     packed = pack(weight, shape, config, isa, dot)
-    rows = weight.astype(np.int64).reshape(weight.shape[0], -1)
-    stored_zero_point = x_zero_point + isa.offset
-    folded = bias.astype(np.int64) - stored_zero_point * rows.sum(1)
-    wrapped = (folded & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
     def in_lanes(per_channel: np.ndarray) -> np.ndarray:
         blocks, block = packed.data.shape[0], config.vectors * isa.lanes
@@ -187,23 +158,16 @@ def conv(
 
     constants = {
         "weights": packed.data.reshape(-1),
-        "integers": numbers.integers(isa, in_lanes(wrapped)),
-        "floats": numbers.floats(in_lanes(m)),
+        "integers": numbers.integers(isa, in_lanes(filters.folded_bias(isa))),
+        "floats": numbers.floats(in_lanes(filters.m)),
     }
     if shape.groups > 1:
         constants["starts"] = np.asarray(packed.starts, np.int32)
-    steps = numbers.steps(largest_accumulators(weight, bias), m, isa)
+    steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, dot, packed, constants, symbols, steps)
     name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
     label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
-
-
-def largest_accumulators(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Per output channel a bound of |accumulator| that holds for every input and zero point."""
-    return np.asarray(
-        np.abs(bias.astype(np.int64)) + 255 * np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(1)
-    )
 
 
 def _by_fours(weight: np.ndarray) -> np.ndarray:

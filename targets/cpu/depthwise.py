@@ -17,8 +17,8 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.conv import ConvShape
 from qcompile.targets.cpu.emit import Kernel, function, load, parallel, widen
+from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.layout import align
 
 
@@ -45,26 +45,22 @@ def default_config(shape: ConvShape, isa: InstructionSet) -> DepthwiseConfig:
 
 def depthwise(
     shape: ConvShape,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    m: np.ndarray,
-    x_zero_point: int,
+    filters: Filters,
     numbers: epilogue.Requantize,
     isa: InstructionSet,
     symbols: tuple[tirx.Var, ...] = (),
     config: DepthwiseConfig | None = None,
 ) -> Kernel:
-    """The kernel of one depthwise convolution; `weight` (C, 1, KH, KW) int8, `bias` int32, `m` float32."""
+    """The kernel of one depthwise convolution."""
     config = config or default_config(shape, isa)
-    channels = weight.shape[0]
+    channels = len(filters.weight)
     padded = align(channels, isa.lanes)
-    folded = bias.astype(np.int64) - (x_zero_point + isa.offset) * weight.astype(np.int64).reshape(channels, -1).sum(1)
     pad = (0, padded - channels)
-    taps = np.pad(weight.reshape(channels, -1).T, ((0, 0), pad)).astype(np.int16)
+    taps = np.pad(filters.weight.reshape(channels, -1).T, ((0, 0), pad)).astype(np.int16)
     constants = {
         "weights": np.ascontiguousarray(taps).reshape(-1),
-        "integers": numbers.integers(isa, np.pad(folded, pad)),
-        "floats": numbers.floats(np.pad(m, pad)),
+        "integers": numbers.integers(isa, np.pad(filters.folded_bias(isa), pad)),
+        "floats": numbers.floats(np.pad(filters.m, pad)),
     }
     func = _build(shape, config, isa, constants, symbols)
     return Kernel(f"depthwise{shape.kernel[0]}x{shape.kernel[1]}_{config.pixels}", func, tuple(constants.values()))

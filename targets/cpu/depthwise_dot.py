@@ -24,8 +24,8 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, TapDot
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.conv import ConvShape, largest_accumulators
 from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
+from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.layout import align
 
 PART = 16  # bytes that zipping and narrowing keep together
@@ -132,30 +132,24 @@ def pack(weight: np.ndarray, shape: ConvShape, found: Taps, isa: InstructionSet)
 
 def depthwise_dot(
     shape: ConvShape,
-    weight: np.ndarray,
-    bias: np.ndarray,
-    m: np.ndarray,
-    x_zero_point: int,
+    filters: Filters,
     numbers: epilogue.Requantize,
     isa: InstructionSet,
     symbols: tuple[tirx.Var, ...] = (),
     config: DepthwiseDotConfig | None = None,
 ) -> Kernel:
-    """The kernel of one depthwise convolution; `weight` (C, 1, KH, KW) int8, `bias` int32, `m` float32."""
+    """The kernel of one depthwise convolution."""
     config = config or default_config(shape, isa)
-    sums = weight.astype(np.int64).reshape(len(weight), -1).sum(1)
-    folded = bias.astype(np.int64) - (x_zero_point + isa.offset) * sums
-    wrapped = (folded & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
     height = shape.y.extents[1]
     tail = height % config.rows if isinstance(height, int) else 0
     constants = {
-        "weights": pack(weight, shape, taps(shape, config.rows), isa),
-        "integers": numbers.integers(isa, in_order(wrapped, isa)),
-        "floats": numbers.floats(in_order(m, isa)),
+        "weights": pack(filters.weight, shape, taps(shape, config.rows), isa),
+        "integers": numbers.integers(isa, in_order(filters.folded_bias(isa), isa)),
+        "floats": numbers.floats(in_order(filters.m, isa)),
     }
     if tail:
-        constants["tail"] = pack(weight, shape, taps(shape, tail), isa)
-    steps = numbers.steps(largest_accumulators(weight, bias), m, isa)
+        constants["tail"] = pack(filters.weight, shape, taps(shape, tail), isa)
+    steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, constants, symbols, steps)
     name = f"depthwise{shape.kernel[0]}x{shape.kernel[1]}_{config.rows}x{config.columns}"
     return Kernel(name, func, tuple(constants.values()))

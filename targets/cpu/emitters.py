@@ -13,11 +13,12 @@ from torch import fx
 
 from qcompile.ops.pool import adaptive_windows, window_counts
 from qcompile.targets.cpu import copy, elementwise, pool
-from qcompile.targets.cpu.conv import ConvShape, conv
+from qcompile.targets.cpu.conv import conv
 from qcompile.targets.cpu.copy import Take
 from qcompile.targets.cpu.depthwise import depthwise, is_depthwise
 from qcompile.targets.cpu.depthwise_dot import depthwise_dot
 from qcompile.targets.cpu.epilogue import Requantize
+from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout
 from qcompile.targets.lower import Lowering, Value
 from qcompile.targets.plan import padding_of
@@ -60,9 +61,8 @@ def _convolution(low: Lowering, node: fx.Node) -> None:
     by_taps = depthwise_dot if low.target.isa.tap_dots else depthwise
     generate = by_taps if is_depthwise(shape) else conv
     requantize = Requantize(a[5], a[6], a[7], **numbers)
-    kernel = generate(
-        shape, weight, low.tensor(a[2]), low.tensor(a[3]), a[4], requantize, low.target.isa, low.symbol_args
-    )
+    filters = Filters(weight, low.tensor(a[2]), low.tensor(a[3]), a[4])
+    kernel = generate(shape, filters, requantize, low.target.isa, low.symbol_args)
     low.define(node, kernel, [x, *residual])
 
 
@@ -71,11 +71,11 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     residual, numbers = _residual(low, node, False)
     x = low.use(a[0], False)
     assert x.layout is not None
-    weight = low.tensor(a[1])[:, :, None, None]
+    filters = Filters(low.tensor(a[1])[:, :, None, None], low.tensor(a[2]), low.tensor(a[3]), a[4])
     other = residual[0].layout if residual else None
     shape = ConvShape(x.layout, low.layout(node), other, (1, 1), (1, 1), (0, 0), (1, 1), 1)
     requantize = Requantize(a[5], a[6], a[7], **numbers)
-    kernel = conv(shape, weight, low.tensor(a[2]), low.tensor(a[3]), a[4], requantize, low.target.isa, low.symbol_args)
+    kernel = conv(shape, filters, requantize, low.target.isa, low.symbol_args)
     low.define(node, kernel, [x, *residual])
 
 

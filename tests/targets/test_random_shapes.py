@@ -19,10 +19,11 @@ from torch import Tensor
 from qcompile.ops.conv import CONV2D
 from qcompile.ops.row import random_int8
 from qcompile.targets import get
-from qcompile.targets.cpu.conv import ConvConfig, ConvShape, conv
+from qcompile.targets.cpu.conv import ConvConfig, conv
 from qcompile.targets.cpu.depthwise import DepthwiseConfig, depthwise
 from qcompile.targets.cpu.depthwise_dot import DepthwiseDotConfig, depthwise_dot
 from qcompile.targets.cpu.epilogue import Requantize
+from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.layout import NO_HALO, Layout, align
 
 bounded = settings(
@@ -137,7 +138,8 @@ def mismatching(geometry: Geometry, target: str, config: Any) -> int:
     )
     requantize = Requantize(zp, lo, hi, numbers.get("residual_m", 0.0), numbers.get("residual_zero_point", 0))
     generate: Any = {DepthwiseConfig: depthwise, DepthwiseDotConfig: depthwise_dot}.get(type(config), conv)
-    kernel = generate(shape_of, weight.numpy(), bias.numpy(), m.numpy(), x_zp, requantize, isa, config=config)
+    filters = Filters(weight.numpy(), bias.numpy(), m.numpy(), x_zp)
+    kernel = generate(shape_of, filters, requantize, isa, config=config)
     inputs = [stored(x, x_layout, x_zp, isa, rng)]
     if residual is not None and other is not None:
         inputs.append(stored(residual, other, 0, isa, rng))
