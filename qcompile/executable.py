@@ -14,10 +14,11 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,10 +30,55 @@ from qcompile.errors import ConfigError, DeviceError
 # TVM's pool is as large as this variable says when a thread first uses it, and can only be made
 # smaller later. Its own default is half of the cores.
 os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
+# How often an idle worker looks for work before it sleeps: about two milliseconds. TVM's own default keeps
+# the cores busy for a third of a second after each call, and an ending process waiting for as long.
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
 
 _CPU, _POOLED_ALLOCATOR = 1, 2
 _BIG_CORES = 1  # threading.AffinityMode in TVM: the fastest cores first
 _state = threading.local()  # the thread pool and its size belong to the calling thread
+_Result = TypeVar("_Result")
+
+
+class Owner:
+    """Decides which thread runs machine code, because TVM gives each calling thread a pool of workers that
+    outlives it.
+
+    The main thread runs its calls itself; those of all other threads are run by one more thread, so there
+    are never more than two pools.
+    """
+
+    def __init__(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._used = self._orphaned = False
+
+    def run(self, function: Callable[[], _Result]) -> _Result:
+        """`function()`, on a thread that may call TVM.
+
+        Raises:
+            DeviceError: this process was forked from one that had run a model.
+        """
+        if self._orphaned:
+            raise DeviceError(
+                "this process was forked after a model had run, and threads do not survive a fork",
+                remedy="run models only in the children, or start processes by multiprocessing's 'spawn' method",
+            )
+        self._used = True
+        if threading.current_thread() is threading.main_thread():
+            return function()
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="qcompile")
+        return self._executor.submit(function).result()
+
+    def after_fork(self) -> None:
+        """Start over, in a child process."""
+        self._executor, self._lock, self._orphaned = None, threading.Lock(), self._used
+
+
+OWNER = Owner()
+os.register_at_fork(after_in_child=OWNER.after_fork)
 
 
 def _import_without_torch(name: str) -> Any:

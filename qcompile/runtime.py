@@ -22,7 +22,7 @@ from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
 from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
-from qcompile.executable import Executable, set_threads
+from qcompile.executable import OWNER, Executable, set_threads
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Timing:
 class Model:
     """A compiled model, ready to run.
 
-    Thread-safe: calls from several threads run one after the other (each uses all its cores; for
-    several at a time, load the artifact several times).
+    Thread-safe: calls from several threads run one after the other, since each uses all its cores. A
+    process may fork after loading a model, not after running one.
     """
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
@@ -72,11 +72,12 @@ class Model:
             DeviceError: no variant fits this machine; it is checked before any code is loaded.
             ConfigError: `threads` is not a positive number, or more than there are.
         """
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}", where="threads", remedy="give 1 or more, or None for all cores")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"threads is {threads!r}", where="threads", remedy="give 1 or more, or None for all cores")
         self.artifact, self._threads = artifact, threads
         self._variant = best_variant(artifact)
-        set_threads(threads)
+        if threads is not None:  # else the first call makes the pool: a process may fork before it
+            OWNER.run(lambda: set_threads(threads))
         self._run = Executable(self._variant.library, self._variant.constants.values())
         self._check = InputChecker(artifact.inputs)
         self._lock = threading.Lock()
@@ -126,8 +127,11 @@ class Model:
         """Run the model: flat NumPy inputs to flat NumPy outputs. Raises InputError as a call does."""
         arrays = self._check(inputs)
         with self._lock:
-            set_threads(self._threads)
-            return self._run(arrays)
+            return OWNER.run(lambda: self._call(arrays))
+
+    def _call(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        set_threads(self._threads)
+        return self._run(arrays)
 
     def selftest(self) -> Selftest:
         """Replay the golden vectors: every bit must match (within the tolerance, where floats remain)."""
