@@ -15,9 +15,10 @@ from qcompile.passes.base import Context, Pass
 from qcompile.passes.rules_activation import RULES as ACTIVATION
 from qcompile.passes.rules_identity import RULES as IDENTITY
 from qcompile.passes.rules_pool import RULES as POOL
+from qcompile.passes.rules_shuffle import RULES as SHUFFLE
 from qcompile.passes.rules_weighted import RULES as WEIGHTED
 
-RULES = (*IDENTITY, *WEIGHTED, *POOL, *ACTIVATION)
+RULES = (*IDENTITY, *WEIGHTED, *POOL, *SHUFFLE, *ACTIVATION)
 
 
 @dataclass(frozen=True)

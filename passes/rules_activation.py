@@ -4,6 +4,8 @@ A small tree of elementwise operators over one tensor x is a function of one var
 written: x * relu6(x + 3) / 6, x * (relu6(x + 3) / 6) and x * hardsigmoid(x) are all hardswish(x). The
 tree is run in float64 on a grid; where it agrees with a known activation to float32's precision,
 that activation takes its place.
+
+rrelu(x, lower, upper), not in training  ->  leaky_relu(x, (lower + upper) / 2)
 """
 
 from __future__ import annotations
@@ -119,5 +121,20 @@ def _replace(program: Program, node: fx.Node) -> fx.Node:
     return call(program, node, target, x, **kwargs)
 
 
+def _check_rrelu(program: Program, node: fx.Node) -> str | None:
+    training = node.args[3] if len(node.args) > 3 else node.kwargs.get("training", False)
+    return "it is in training mode" if training else None
+
+
+def _mean_slope(program: Program, node: fx.Node) -> fx.Node:
+    """Outside training the random slope is its mean."""
+    lower: Any = node.args[1] if len(node.args) > 1 else 1 / 8
+    upper: Any = node.args[2] if len(node.args) > 2 else 1 / 3
+    return call(program, node, aten.leaky_relu.default, node.args[0], (lower + upper) / 2)
+
+
 _ENDS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
-RULES = (Rule("recognise_activation", _ENDS, _check, _replace),)
+RULES = (
+    Rule("recognise_activation", _ENDS, _check, _replace),
+    Rule("rrelu_to_leaky_relu", (aten.rrelu.default,), _check_rrelu, _mean_slope),
+)

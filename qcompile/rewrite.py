@@ -77,6 +77,8 @@ def _sweep(by_target: dict[Any, list[Rule]], program: Program, context: Context)
             with blaming(node), program.graph.inserting_before(node):
                 new = rule.replace(program, node)
             node.replace_all_uses_with(new)
+            if not node.users:  # at once: dead code that could draw random numbers would be kept
+                program.graph.erase_node(node)
             changed = True
             break
     program.graph.eliminate_dead_code()
