@@ -15,10 +15,12 @@ import tvm
 from tvm import relax
 
 from qcompile.errors import BuildError
-from qcompile.ir import Program
+from qcompile.ir import Program, source, where
+from qcompile.sites import is_computed
 from qcompile.targets.base import Target
+from qcompile.targets.blame import culprit
 from qcompile.targets.cpu.emitters import EMITTERS
-from qcompile.targets.lower import lower
+from qcompile.targets.lower import Lowered, lower
 
 Progress = Callable[[str], None]
 
@@ -27,6 +29,7 @@ Progress = Callable[[str], None]
 # block; reshapes of activations are already views.
 _PIPELINE = tvm.transform.Sequential(
     [
+        relax.transform.DeadCodeElimination(["main"]),
         relax.transform.LegalizeOps(),
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
@@ -85,20 +88,38 @@ def build(program: Program, target: Target, progress: Progress | None = None) ->
     lowered = lower(program, target, EMITTERS)
     say("compiling")
     try:
-        executable = relax.build(
-            lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode="compiled"
-        )
+        executable = _compile(lowered, target)
     except Exception as error:  # TVM raises many types
-        raise BuildError(
-            f"TVM could not build the model for {target.name}: {error}",
-            remedy="the ledger (quantize(...).coverage) lists the float operators: replace them one by one to find it",
-        ) from error
+        raise _not_built(program, target, error) from error
     say("linking")
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.so"
         executable.export_library(str(path), fcompile=_link_with(command))
         library = path.read_bytes()
     return Built(library, lowered.constants, lowered.kernels)
+
+
+def _compile(lowered: Lowered, target: Target) -> Any:
+    return relax.build(lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode="compiled")
+
+
+def _not_built(program: Program, target: Target, error: Exception) -> BuildError:
+    """What TVM failed with, and at which operator."""
+    found = culprit(program, lambda part: _compile(lower(part, target, EMITTERS), target))
+    if found is None:
+        return BuildError(
+            f"TVM could not build the model for {target.name}: {error}",
+            where="no single operator: "
+            + ", ".join(sorted({str(n.target) for n in program.graph.nodes if is_computed(n)})),
+            remedy="exclude the layers that stay float from the model, one by one, to find the two that do not fit",
+        )
+    node, reason = found
+    return BuildError(
+        f"{node.target} stays float, but TVM could not build it for {target.name}: {reason}",
+        where=where(node) or node.name,
+        source=source(node),
+        remedy="write it with other operators, or move it out of the compiled model",
+    )
 
 
 def _link_with(command: str) -> Any:

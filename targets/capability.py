@@ -36,6 +36,8 @@ def objection(target: Target) -> Callable[[Row, fx.Node], str | None]:
             return "its number of channels is dynamic"
         if row.name in _WHOLE_IMAGE and _dynamic(shape[2:]):
             return "its image size is dynamic"
+        if row.schema is None and _dynamic(shape_of(node)[-1:]):
+            return "its last dimension becomes dynamic"
         dim: Any = node.args[1] if len(node.args) > 1 else 0
         if row.name == "cat" and _dynamic(tuple(shape_of(o)[dim] for o in row.operands(node))):
             return "it concatenates along a dynamic dimension"

@@ -22,7 +22,7 @@ from tvm import relax, tirx
 from qcompile.errors import BuildError
 from qcompile.ir import Program, constant, is_tensor, source, where
 from qcompile.targets.base import Target
-from qcompile.targets.cpu.copy import Take, gather, identity
+from qcompile.targets.cpu.copy import Take, copied, gather, identity
 from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.float_ops import FloatOps
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, product
@@ -50,6 +50,7 @@ class Lowered:
     kernels: dict[str, str]
 
 
+_FIXED_SHAPES = "compute with masks (torch.where) in place of selecting, so that every shape follows from the inputs'"
 POOLS = ("int8", "uint8", "int16", "int32", "float32")
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
@@ -105,7 +106,9 @@ class Lowering:
         if isinstance(expr, sympy.Integer):
             return int(expr)
         if isinstance(expr, sympy.Symbol):
-            return self.symbols.setdefault(expr, tirx.Var(str(expr), "int64"))
+            if expr not in self.symbols:
+                raise self.error(node, "its shape depends on the values of a tensor", _FIXED_SHAPES)
+            return self.symbols[expr]
         operator: Callable[[Any, Any], Any] | None = {
             "Add": lambda a, b: a + b,
             "Mul": lambda a, b: a * b,
@@ -127,12 +130,12 @@ class Lowering:
     def shape(self, node: fx.Node) -> tuple[Dim, ...]:
         return self.shapes[node]
 
-    def error(self, node: fx.Node, what: str) -> BuildError:
+    def error(self, node: fx.Node, what: str, remedy: str | None = None) -> BuildError:
         return BuildError(
             f"{node.target} cannot be lowered for {self.target.name}: {what}",
             where=where(node) or node.name,
             source=source(node),
-            remedy="exclude the layer from quantization (QuantConfig(exclude=...)) so that it stays float",
+            remedy=remedy or "exclude the layer from quantization (QuantConfig(exclude=...)) so that it stays float",
         )
 
     # --- constants and calls ----------------------------------------------------------------------
@@ -154,6 +157,10 @@ class Lowering:
         ]
         result = relax.call_tir(function, relax.Tuple(args), relax.TensorType((size,), dtype))
         return Value(self.builder.emit(result), layout, dtype)
+
+    def real(self, expr: relax.Expr, dtype: str) -> Value:
+        """A tensor that is not quantized."""
+        return Value(expr, None, dtype)
 
     def flat(self, value: Value) -> relax.Expr:
         dims = tuple(value.expr.ty.shape)
@@ -292,6 +299,10 @@ def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Loweri
     """
     low = Lowering(program, target)
     nodes = list(program.graph.nodes)
+    for node in program.placeholders():
+        for size in node.meta["val"].shape:
+            if not isinstance(size, int):
+                low.symbols.setdefault(size.node.expr, tirx.Var(str(size.node.expr), "int64"))
     for node in nodes:
         if is_tensor(node):
             low.shapes[node] = tuple(low.dim(s, node) for s in node.meta["val"].shape)
@@ -335,6 +346,10 @@ def _input(low: Lowering, node: fx.Node, var: relax.Var) -> None:
 
 
 def _output(low: Lowering, node: fx.Node) -> relax.Expr:
+    if node.op == "get_attr":  # a copy: the caller may write to it
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        held = low.real(relax.const(low.tensor(node), dtype), dtype)
+        return low.shaped(low.call(node, copied(low.shape(node), dtype), [held], None, dtype).expr, low.shape(node))
     value = low.values[node]
     if value.layout is None:
         return (

@@ -4,24 +4,50 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from qcompile.device import machine
 from qcompile.errors import DeviceError, TargetError
 from qcompile.targets import arm, x86
 from qcompile.targets.base import Target
 
+ENTRY_POINTS = "qcompile.targets"
+
+
+def _registered(entry: EntryPoint) -> Target:
+    """The target that an installed distribution registers."""
+    place = f"entry point {entry.name!r} ({entry.value}) of the group {ENTRY_POINTS}"
+    try:
+        target = entry.load()
+    except Exception as error:
+        raise TargetError(
+            f"a target cannot be loaded: {type(error).__name__}: {error}",
+            where=place,
+            remedy="repair or uninstall the distribution that registers it",
+        ) from error
+    if not isinstance(target, Target):
+        raise TargetError(
+            f"{target!r} is not a target",
+            where=place,
+            remedy="let it name an instance of qcompile.targets.Target",
+        )
+    return target
+
 
 @cache
 def _table() -> dict[str, Target]:
-    """Every known target. Raises TargetError when two share a name."""
+    """Every known target.
+
+    Raises:
+        TargetError: two share a name, or one that an installed distribution registers cannot be loaded.
+    """
     table: dict[str, Target] = {}
-    found = [*x86.TARGETS, *arm.TARGETS, *(entry.load() for entry in entry_points(group="qcompile.targets"))]
+    found = [*x86.TARGETS, *arm.TARGETS, *map(_registered, entry_points(group=ENTRY_POINTS))]
     for target in found:
         if target.name in table or target.name == "native":
             raise TargetError(
                 f"two targets are called {target.name!r}",
-                where="entry points of the group qcompile.targets",
+                where=f"entry points of the group {ENTRY_POINTS}",
                 remedy="rename one of them",
             )
         table[target.name] = target
@@ -37,7 +63,7 @@ def get(name: str) -> Target:
     """The target called `name`; "native" is the best one that this machine can run.
 
     Raises:
-        TargetError: no target has this name.
+        TargetError: no target has this name, or one that is installed cannot be loaded.
         DeviceError: this machine can run none of them ("native" only).
     """
     table = _table()

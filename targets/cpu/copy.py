@@ -153,6 +153,15 @@ def gather(
     return Kernel("gather", done.result, (integers,))
 
 
+def copied(shape: tuple[Dim, ...], dtype: str) -> Kernel:
+    """The kernel y = x, dense."""
+    with function("copy") as (args, done):
+        x, y = (args.buffer(name, product(shape), dtype) for name in ("x", "y"))
+        with T.serial(0, product(shape)) as i:
+            T.buffer_store(y, x[i], [i])
+    return Kernel("copy", done.result)
+
+
 def cat(
     xs: tuple[Layout, ...],
     y: Layout,

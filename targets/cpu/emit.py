@@ -150,8 +150,12 @@ def parallel(extent: Dim) -> Any:
     return T.serial(0, 1) if isinstance(extent, int) and extent == 1 else T.parallel(0, extent)
 
 
-def fill(buffer: Any, offset: Any, count: int, value: Any) -> None:
+def fill(buffer: Any, offset: Any, count: Dim, value: Any) -> None:
     """Store the scalar `value` into `count` consecutive elements."""
+    if not isinstance(count, int):
+        with T.serial(0, count) as i:
+            store(buffer, offset + i, value, 1)
+        return
     lanes = 64
     if count >= lanes:
         with T.serial(0, count // lanes) as i:

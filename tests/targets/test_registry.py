@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from itertools import pairwise
 
 import numpy as np
@@ -53,6 +55,34 @@ def test_a_machine_that_fits_no_target_is_told_so(
 def test_a_wrong_name_lists_the_right_ones() -> None:
     with pytest.raises(TargetError, match=r"did you mean 'x86-avx2'\?.* known targets: native, .*arm64-neon"):
         get("x86-avx")
+
+
+@pytest.fixture
+def fresh_table() -> Iterator[None]:
+    """The table is read anew, and again afterwards."""
+    registry._table.cache_clear()
+    yield
+    registry._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("no.such.module:TARGET", "a target cannot be loaded: ModuleNotFoundError"),
+        ("qcompile.targets.x86:NOTHING", "a target cannot be loaded: AttributeError"),
+        ("qcompile.errors:TargetError", "is not a target"),
+    ],
+)
+@pytest.mark.usefixtures("fresh_table")
+def test_an_entry_point_that_gives_no_target_is_named(
+    value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = EntryPoint("theirs", value, registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    with pytest.raises(TargetError, match=message) as caught:
+        names()
+    assert str(caught.value.where).startswith(f"entry point 'theirs' ({value})")
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize("name", TARGETS)
