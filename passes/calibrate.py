@@ -64,6 +64,8 @@ def check_batch(specs: tuple[InputSpec, ...], batch: Any, index: int) -> Iterato
     pieces = _pieces(specs, tensors)
     for spec, tensor in zip(specs, tensors, strict=True):
         _check_shape(spec, tensor, pieces, place)
+        if tensor.numel() == 0:
+            raise CalibrationError(f"the input {spec.name!r} is empty", where=place, remedy=_REMEDY_DATA)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CalibrationError(
                 f"the input {spec.name!r} holds NaN or infinity",

@@ -26,12 +26,15 @@ class Pipeline:
     """An ordered tuple of passes. Every edit returns a new pipeline.
 
     Raises:
-        PipelineError: two passes share a name, or an edit names a pass that is not there.
+        PipelineError: two passes share a name, one is no pass, or an edit names a pass that is not there.
     """
 
     passes: tuple[Pass, ...]
 
     def __post_init__(self) -> None:
+        for step in self.passes:
+            if not isinstance(step, Pass):
+                raise PipelineError(f"{step!r} is not a pass", remedy="give instances: MyPass(), not MyPass")
         repeated = [n for i, n in enumerate(self.names) if n in self.names[:i]]
         if repeated:
             raise PipelineError(

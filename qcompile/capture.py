@@ -8,6 +8,9 @@ numbers, mutated buffers, weights that are not finite or not float32.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,20 +76,27 @@ def capture(
             )
         _check_eval(model)
         args, kwargs = example_call(model, example_inputs, dynamic_shapes)
-        try:
+        with _exporting():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        except Exception as error:
-            raise export_refused(error) from error
     else:
         raise CaptureError(
             f"the model is a {type(model).__name__}",
             remedy="pass an nn.Module, an fx.GraphModule or a torch.export.ExportedProgram",
         )
-    try:
+    with _exporting():
         exported = exported.run_decompositions({})
-    except Exception as error:
-        raise export_refused(error) from error
     return _program(exported, dynamic_shapes)
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Within, torch.export's refusals become CaptureErrors, and its warnings about itself are not the user's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`isinstance", category=FutureWarning)
+        try:
+            yield
+        except Exception as error:
+            raise export_refused(error) from error
 
 
 def _program(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
@@ -104,7 +114,12 @@ def _program(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
 
 
 def _check_eval(model: nn.Module) -> None:
-    """Refuse batch norm and dropout in training mode."""
+    """Refuse weights without values, and batch norm and dropout in training mode."""
+    for path, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CaptureError(
+                "the weight has no values (device 'meta')", where=path, remedy="load the weights onto the CPU first"
+            )
     for path, module in model.named_modules():
         drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         normalizes = isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from qcompile.artifact import Artifact, CoverageRow, Golden, PassRow, TensorSpec, Variant
@@ -139,7 +139,7 @@ def compile_program(
     variant = Variant(target.name, target.machine, target.features, target.rank, built.library, built.constants)
     coverage = coverage_rows(program, built.kernels)
     artifact = Artifact(
-        inputs=tuple(TensorSpec(spec.name, spec.shape, spec.dtype) for spec in program.inputs),
+        inputs=input_specs(program),
         outputs=output_specs(program),
         output_structure=program.output_structure,
         variants=(variant,),
@@ -179,6 +179,23 @@ def pass_rows(records: Sequence[PassRecord]) -> tuple[PassRow, ...]:
     return tuple(PassRow(r.name, r.changed, r.nodes_before, r.nodes_after) for r in records)
 
 
+def input_specs(program: Program) -> tuple[TensorSpec, ...]:
+    """The flat inputs, with the scale and zero point of those that the network quantizes."""
+    pairs = zip(program.inputs, program.placeholders(), strict=True)
+    return tuple(TensorSpec(spec.name, spec.shape, spec.dtype, *quantization_of(node)) for spec, node in pairs)
+
+
+def quantization_of(node: fx.Node) -> tuple[float | None, int | None]:
+    """(scale, zero point) that the network quantizes an input by, or had an output quantized by; else Nones."""
+    if node.target is torch.ops.qcompile.dequantize.default:
+        return float(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
+    found = {user.args[1:3] for user in node.users if user.target is torch.ops.qcompile.quantize.default}
+    if len(found) != 1:
+        return None, None
+    inverse_scale, zero_point = found.pop()
+    return 1.0 / float(inverse_scale), int(zero_point)  # type: ignore[arg-type]
+
+
 def output_specs(program: Program) -> tuple[TensorSpec, ...]:
     """The flat outputs; a dynamic dimension carries its expression and the bounds of its symbol."""
     bounds = {d[0]: d for spec in program.inputs for d in spec.shape if not isinstance(d, int)}
@@ -193,7 +210,8 @@ def output_specs(program: Program) -> tuple[TensorSpec, ...]:
     specs = []
     for i, node in enumerate(program.outputs()):
         dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-        specs.append(TensorSpec(f"output{i}", tuple(dimension(s) for s in shape_of(node)), dtype))
+        shape = tuple(dimension(s) for s in shape_of(node))
+        specs.append(TensorSpec(f"output{i}", shape, dtype, *quantization_of(node)))
     return tuple(specs)
 
 
@@ -231,9 +249,8 @@ def _golden_input(generator: np.random.Generator, node: Any, shape: tuple[int, .
         return generator.integers(0, 2, shape).astype(dtype)
     if not dtype.startswith("float"):
         return generator.integers(0, 2, shape).astype(dtype)  # indices: small enough for any table
-    quantizers = [u for u in node.users if u.target is torch.ops.qcompile.quantize.default]
-    if not quantizers:
+    scale, zero_point = quantization_of(node)
+    if scale is None or zero_point is None:
         return generator.standard_normal(shape).astype(dtype)
-    scale, zero_point = 1.0 / float(quantizers[0].args[1]), int(quantizers[0].args[2])
     low, high = (scale * (q - zero_point) for q in (-132, 131))  # a little beyond: clamping is tested too
     return generator.uniform(low, high, shape).astype(dtype)

@@ -142,7 +142,10 @@ class Executable:
         """`library`: the bytes of the shared object. `constants`: used where they lie, when aligned."""
         ffi = _ffi()
         self._from_dlpack, self._tensor_type = ffi.from_dlpack, ffi.Tensor
-        machine = _load(ffi, library)["vm_load_executable"]()
+        try:
+            machine = _load(ffi, library)["vm_load_executable"]()
+        except AttributeError as error:
+            raise DeviceError("the machine code is not a compiled model", remedy="compile the model again") from error
         machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
         self._main = machine["main"]
         bound = [self._from_dlpack(tensors.aligned(array)) for array in constants]
@@ -187,5 +190,5 @@ def _load(ffi: Any, library: Buffer) -> Any:
             raise DeviceError(
                 f"the machine code cannot be loaded: {error}",
                 where=str(path),
-                remedy="set TMPDIR to a folder from which programs may run (not mounted noexec)",
+                remedy="set TMPDIR to a folder from which programs may run (not mounted noexec); or compile again",
             ) from error

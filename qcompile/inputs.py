@@ -120,7 +120,10 @@ def _spec(exported: ExportedProgram, node: fx.Node, names: dict[str, str]) -> In
             )
         bounds = exported.range_constraints[symbol]
         high = int(min(bounds.upper, UNBOUNDED))  # it may be infinite
-        shape.append((names.get(str(size), str(size)), max(1, int(bounds.lower)), high))
+        name = names.get(str(size), str(size))
+        # Where the user named no bounds (Dim.AUTO), torch says 2, because it treats 0 and 1 apart.
+        low = 1 if name == str(size) and bounds.lower <= 2 else max(1, int(bounds.lower))
+        shape.append((name, low, high))
     return InputSpec(str(node.target), tuple(shape), str(value.dtype).removeprefix("torch."))
 
 

@@ -73,7 +73,9 @@ class Model:
             ConfigError: `threads` is not a positive number, or more than there are.
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ConfigError(f"threads is {threads!r}", where="threads", remedy="give 1 or more, or None for all cores")
+            raise ConfigError(
+                f"threads is {threads!r}", where="threads", remedy="give 1 or more, or None for all cores"
+            )
         self.artifact, self._threads = artifact, threads
         self._variant = best_variant(artifact)
         if threads is not None:  # else the first call makes the pool: a process may fork before it

@@ -73,7 +73,9 @@ def _objection(program: Program, node: fx.Node, legal: Legal) -> str | None:
         return None
     if node.op == "get_attr":
         value = getattr(program.graph_module, str(node.target), None)
-        return None if isinstance(value, Tensor) else f"the constant {node.target} is not a tensor of the graph module"
+        if not isinstance(value, Tensor):
+            return f"the constant {node.target} is not a tensor of the graph module"
+        return f"the constant {node.target} holds NaN" if bool(torch.isnan(value).any()) else None
     if node.op == "call_module":
         module = program.graph_module.get_submodule(str(node.target))
         return None if legal.observers and isinstance(module, Observer) else f"a call of module {node.target}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import qcompile
-from qcompile.errors import CalibrationError, CaptureError, ConfigError, QcompileError
+from qcompile.errors import CalibrationError, CaptureError, ConfigError, PassError, QcompileError
+from qcompile.ir import Program, Property
+from qcompile.passes import Context, Pass, default_pipeline
 
 X = randn(2, 4)
 
@@ -207,3 +210,28 @@ def _with_nan(model: nn.Sequential) -> nn.Module:
     with torch.no_grad():
         next(model[4].parameters())[1] = torch.nan
     return model
+
+
+def test_an_empty_batch_is_refused() -> None:
+    shapes = ({0: torch.export.Dim.AUTO},)
+    with pytest.raises(CalibrationError, match=r"'input' (is empty|has shape \(0, 4\))(.|\n)*calibration batch 1"):
+        qcompile.quantize(network(), calibration=[randn(2, 4), torch.randn(0, 4)], dynamic_shapes=shapes)
+    with pytest.raises(CalibrationError, match=r"'input' is empty(.|\n)*calibration batch 0"):
+        qcompile.quantize(network(), calibration=[torch.randn(0, 4)])
+
+
+def test_a_pass_that_puts_nan_into_a_weight_is_found_out() -> None:
+    @dataclass(frozen=True)
+    class Spoil(Pass):
+        name: ClassVar[str] = "spoil"
+        requires: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT})
+        establishes: ClassVar[frozenset[Property]] = frozenset()
+
+        def run(self, program: Program, context: Context) -> bool:
+            for value in program.graph_module.state_dict().values():
+                value.fill_(float("nan")) if value.is_floating_point() else None
+            return True
+
+    pipeline = default_pipeline().after("canonicalize", Spoil())
+    with pytest.raises(PassError, match=r"'spoil' left an illegal graph: the constant \w+ holds NaN"):
+        qcompile.quantize(network(), calibration=[randn(2, 4)], pipeline=pipeline)

@@ -233,3 +233,10 @@ def test_dynamic_shapes_that_do_not_fit_pass_on_what_torch_says() -> None:
     error = refusal(nn.Linear(4, 3).eval(), dynamic_shapes=({1: torch.export.Dim("features")},))
     assert "the dynamic shapes do not fit the model" in error.what
     assert "features = 4" in error.what
+
+
+def test_weights_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    with pytest.raises(CaptureError, match=r"no values(.|\n)*0\.weight(.|\n)*load the weights"):
+        qcompile.quantize(model, calibration=[torch.randn(1, 3, 8, 8)])

@@ -242,3 +242,14 @@ def test_a_model_for_another_machine_is_saved_and_referred_to_but_not_run(
             call()
         assert other in str(caught.value)
         assert caught.value.remedy
+
+
+def test_the_artifact_says_how_inputs_and_outputs_are_quantized() -> None:
+    compiled = qcompile.compile(network(), calibration=images())
+    (x,), (y,) = compiled.inputs, compiled.outputs
+    largest = max(float(image.abs().max()) for image in images())
+    assert x.scale == pytest.approx(2 * largest / 255, rel=0.2)
+    assert x.zero_point is not None
+    assert y.scale is not None
+    steps = compiled(images()[0]) / y.scale
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)

@@ -51,6 +51,13 @@ def test_a_batch_without_a_bound_has_the_name_of_its_dim() -> None:
     assert torch.equal(model(x), model.reference(x))
 
 
+def test_an_automatic_dimension_takes_a_single_image_too() -> None:
+    model = qcompile.compile(network(), calibration=images(2), dynamic_shapes=({0: Dim.AUTO},))
+    for batch in (1, 5):
+        x = randn(batch, 3, 10, 10)
+        assert torch.equal(model(x), model.reference(x))
+
+
 # --- configuration -----------------------------------------------------------------------------------------
 
 
@@ -150,5 +157,25 @@ class Maximum(nn.Module):
 
 
 def test_a_value_that_calibration_never_saw_stays_float() -> None:
-    result = qcompile.quantize(nn.Linear(4, 3).eval(), calibration=[torch.empty(0, 4)])
-    assert [row.reason for row in result.coverage] == ["the values of input never occurred"]
+    class Rest(nn.Module):
+        """All rows, and those after the fourth."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.every, self.later = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.every(x), self.later(x[4:])
+
+    result = qcompile.quantize(Rest().eval(), calibration=[randn(4, 4)])
+    reasons = {row.where: row.reason for row in result.coverage if row.op.startswith("aten.linear")}
+    assert reasons["every"] == ""
+    assert "never occurred" in reasons["later"]
+
+
+def test_an_average_that_int32_cannot_sum_stays_float() -> None:
+    model = nn.AvgPool2d(3000, divisor_override=9_000_000).eval()
+    x = torch.rand(1, 1, 3000, 3000, generator=torch.Generator().manual_seed(0))
+    compiled = qcompile.compile(model, calibration=[x])
+    assert "could leave int32" in floats(compiled)["avg_pool2d"]
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=1e-2)

@@ -245,3 +245,8 @@ def test_an_unknown_target_lists_the_known_ones() -> None:
 def test_what_is_no_target_is_unknown() -> None:
     with pytest.raises(TargetError, match="unknown target 'None'"):
         qcompile.compile(nn.ReLU(), None, calibration=[randn(2, 3)])  # type: ignore[arg-type]
+
+
+def test_a_class_is_no_pass() -> None:
+    with pytest.raises(PipelineError, match=r"is not a pass(.|\n)*MyPass\(\), not MyPass"):
+        default_pipeline().after("quantize", Pass)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ adaptive_avg_pool2d to 1x1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,6 +130,31 @@ def _decline(node: fx.Node) -> str | None:
     sizes: Any = node.args[1]
     fixed = all(isinstance(size, int) for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes]))
     return None if fixed else "its window is computed at run time"
+
+
+def _too_many(elements: Any) -> str | None:
+    """Why an average of so many values cannot be summed in int32; a dynamic number has no proof."""
+    if not isinstance(elements, int):
+        return "its window is computed at run time"
+    largest = arith.INT32_MAX // (arith.QMAX - arith.QMIN)
+    return f"the sum of its window of {elements} values could leave int32" if elements > largest else None
+
+
+def _decline_avg(node: fx.Node) -> str | None:
+    kernel = _pair(node.args[1])
+    return _decline(node) or _too_many(kernel[0] * kernel[1])
+
+
+def _decline_adaptive(node: fx.Node) -> str | None:
+    declined = _decline(node)
+    if declined is not None:
+        return declined
+    sizes = shape_of(activations(node)[0])[2:]
+    if not all(isinstance(size, int) for size in sizes):
+        return "its image size is dynamic"
+    outputs = _pair(node.args[1])
+    # A window spans at most one value more than its share.
+    return _too_many(math.prod(-(-size // count) + 1 for size, count in zip(sizes, outputs, strict=True) if count))
 
 
 def _kernel_stride(node: fx.Node) -> tuple[list[int], list[int]]:
@@ -275,7 +301,7 @@ AVG_POOL2D = Row(
     fuse=_fuse_avg,
     samples=_samples_avg,
     examples=_examples_avg,
-    decline=_decline,
+    decline=_decline_avg,
 )
 
 ADAPTIVE_AVG_POOL2D = Row(
@@ -287,7 +313,7 @@ ADAPTIVE_AVG_POOL2D = Row(
     fuse=_fuse_adaptive,
     samples=_samples_adaptive,
     examples=_examples_adaptive,
-    decline=_decline,
+    decline=_decline_adaptive,
 )
 
 ROWS = (MAX_POOL2D, AVG_POOL2D, ADAPTIVE_AVG_POOL2D)
