@@ -6,7 +6,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench arm-tools clean
+.PHONY: help demo test test-all lint docs bench litert arm-tools clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -30,8 +30,9 @@ docs: .venv/installed-docs ## build the documentation into site/
 	$(BIN)/sphinx-build -q -W -b html docs site
 	@echo "open site/index.html"
 
-bench: .venv/installed-bench ## measure against ONNX Runtime and OpenVINO, side by side
+bench: .venv/installed-bench litert ## measure against the other engines, side by side; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.report
 
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
@@ -40,6 +41,16 @@ bench: .venv/installed-bench ## measure against ONNX Runtime and OpenVINO, side 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv .venv
+
+# LiteRT's converter pins packages of its own. Where it cannot be installed, the benchmark says so.
+litert:
+	@$(MAKE) --no-print-directory .venv-litert/installed || echo "LiteRT could not be installed: it is left out"
+
+.venv-litert/installed: constraints-litert.txt
+	$(PYTHON) -m venv .venv-litert
+	@echo '*' > .venv-litert/.gitignore
+	.venv-litert/bin/python -m pip install --quiet --constraint constraints-litert.txt litert-torch
+	@touch $@
 
 # ARM libraries are linked with an aarch64 linker and run under qemu, in an AArch64 Python kept in
 # .cache/. Where these are missing and cannot be installed, the tests that need them skip and say so.
@@ -53,4 +64,4 @@ arm-tools: .venv/installed-test
 	@$(BIN)/python tests/arm_sysroot.py || true
 
 clean: ## remove what the other targets made
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build site qcompile.egg-info
+	rm -rf .venv .venv-litert .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build site qcompile.egg-info

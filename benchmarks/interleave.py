@@ -7,16 +7,14 @@ the rounds of the ratio within a round.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.child import Child, Failed
+from benchmarks.engines import ENGINES
 from benchmarks.worker import Block
 
 
@@ -38,57 +36,55 @@ class Measurement:
 
 
 class Worker:
-    """A measuring process and the pipes to it."""
+    """A measuring process and what it measured."""
 
     def __init__(self, engine: str, model: Path, threads: int, x: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.worker", engine, str(model), str(threads), str(x)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        while (line := self._read()) != "ready":
-            print(f"{engine}: {line}")
+        arguments = (engine, str(model), str(threads), str(x))
+        self.child = Child(ENGINES[engine].python, "benchmarks.worker", *arguments, threads=threads)
+        self.measured = Measurement()
+        try:
+            self.child.wait_for("ready")
+        except Failed:
+            self.child.close()
+            raise
 
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the measuring process ended: {self.process.args!r}")
-        return line.strip()
-
-    def block(self, seconds: float) -> Block:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        return Block(**json.loads(self._read()))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+    def block(self, seconds: float) -> None:
+        self.child.write(str(seconds))
+        self.measured.blocks.append(Block(**self.child.answer()))
 
 
 def interleave(
     models: Mapping[str, Path], threads: int, x: Path, *, rounds: int, max_rounds: int, seconds: float
-) -> dict[str, Measurement]:
+) -> tuple[dict[str, Measurement], dict[str, str]]:
     """Measure every engine of `models` (engine name -> prepared file) in turns.
 
-    Runs until each engine has `rounds` undisturbed blocks, at most `max_rounds` rounds.
+    Runs until each engine has `rounds` undisturbed blocks, at most `max_rounds` rounds. Returns the
+    measurements, and for each engine that failed the reason; the others go on without it.
     """
-    workers = {engine: Worker(engine, path, threads, x) for engine, path in models.items()}
-    results = {engine: Measurement() for engine in models}
+    workers: dict[str, Worker] = {}
+    failed: dict[str, str] = {}
     try:
+        for engine, path in models.items():
+            try:
+                workers[engine] = Worker(engine, path, threads, x)
+            except Failed as error:
+                failed[engine] = str(error)
         for turn in range(max_rounds):
-            order = list(workers)[turn % len(workers) :] + list(workers)[: turn % len(workers)]
-            for engine in order:
+            names = list(workers)
+            start = turn % max(1, len(names))
+            for engine in names[start:] + names[:start]:
                 time.sleep(0.01)  # let the last engine's threads go to sleep
-                results[engine].blocks.append(workers[engine].block(seconds))
-            if all(sum(not b.disturbed for b in m.blocks) >= rounds for m in results.values()):
+                try:
+                    workers[engine].block(seconds)
+                except Failed as error:
+                    failed[engine] = str(error)
+                    workers.pop(engine).child.close()
+            if all(sum(not b.disturbed for b in w.measured.blocks) >= rounds for w in workers.values()):
                 break
     finally:
         for worker in workers.values():
-            worker.close()
-    return results
+            worker.child.close()
+    return {engine: worker.measured for engine, worker in workers.items()}, failed
 
 
 def ratio(slow: Measurement, fast: Measurement) -> tuple[float, int]:

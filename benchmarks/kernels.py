@@ -125,8 +125,8 @@ def kernel(shape: Shape, target: Any, config: Any = None) -> tuple[str, Timed]:
 
 def measure(threads: int, rounds: int) -> dict[str, Any]:
     """The share of the peak that each shape reaches, in this process (TVM_NUM_THREADS is set)."""
-    from benchmarks.peak import peak_kernel
     from qcompile import targets
+    from qcompile.targets.cpu.peak import peak_kernel
 
     target = targets.get("native")
     made = peak_kernel(target, threads)

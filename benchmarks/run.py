@@ -1,159 +1,136 @@
-"""`make bench`: this project against ONNX Runtime and OpenVINO, batch 1, side by side in one run.
+"""`make bench`: this project and its peers, side by side in one run.
 
-    python -m benchmarks.run [--models resnet50 ...] [--engines ...] [--threads 1 2] [--output results.json]
+    python -m benchmarks.run [--models resnet50 ...] [--batches 1 16] [--engines ...] [--threads 1 2]
+                             [--rounds 12] [--starts 5] [--output results.json]
 
-All engines get the same float weights, calibration crops and inputs.
+All engines get the same float weights, calibration data and inputs. Per workload: every engine
+prepares the model in a process of its own; then their calls are measured in turns, on each number of
+threads; then their cold starts, in turns. An engine that fails is shown with the reason, and the
+others go on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
+import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from benchmarks.engines import ENGINES, export_onnx
-from benchmarks.interleave import interleave, ratio
-from benchmarks.models import MODELS, multiply_accumulates
+from benchmarks import table
+from benchmarks.child import Failed, ask, missing
+from benchmarks.cold import cold_starts
+from benchmarks.engines import ENGINES
+from benchmarks.interleave import Measurement, interleave, ratio
+from benchmarks.machine import machine
+from benchmarks.models import MODELS
 from benchmarks.peak import dot_product_peak
-from examples.photographs import crops
+from benchmarks.results import Prepared, Report, Run, Timed, Workload
 
-OURS = "qcompile"
-CALIBRATION_CROPS, HELD_OUT_CROPS = 60, 120
-console = Console(width=110)
+console = Console(width=110, highlight=False)
 
 
-def processor() -> str:
-    """The processor's name, as /proc/cpuinfo has it."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":", 1)[1].strip() if names else platform.machine()
-
-
-def prepare(name: str, engines: list[str], folder: Path) -> dict[str, Any]:
-    """Build the network, and prepare it for every engine. Times are seconds, sizes bytes."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = MODELS[name]()
-    calibration = [x.numpy() for x in crops(CALIBRATION_CROPS, seed=1)]
-    onnx = folder / f"{name}.onnx"
-    export_onnx(model, calibration[0], onnx)
-    prepared: dict[str, Any] = {
-        "macs": multiply_accumulates(model, torch.from_numpy(calibration[0])),
-        "paths": {},
-        "prepare_s": {},
-        "sqnr_db": {},
-        "agreement": {},
-    }
-    held_out = crops(HELD_OUT_CROPS, seed=2)
-    with torch.no_grad():
-        expected = torch.cat([model(x) for x in held_out])
-    for engine in engines:
-        start = time.perf_counter()
-        path = ENGINES[engine].prepare(onnx, model, calibration)
-        prepared["prepare_s"][engine] = time.perf_counter() - start
-        prepared["paths"][engine] = path
-        run = ENGINES[engine].load(path, os.cpu_count() or 1)
-        actual = torch.cat([torch.from_numpy(np.array(run(x.numpy()))) for x in held_out])
-        prepared["sqnr_db"][engine] = _sqnr(expected, actual)
-        prepared["agreement"][engine] = _agreement(expected, actual)
-    return prepared
-
-
-def _sqnr(expected: Tensor, actual: Tensor) -> float:
-    return float(10 * torch.log10(expected.square().sum() / (expected - actual).square().sum()))
-
-
-def _agreement(expected: Tensor, actual: Tensor) -> float:
-    return float((expected.argmax(1) == actual.argmax(1)).float().mean())
-
-
-def measure(
-    name: str, prepared: dict[str, Any], threads: int, folder: Path, options: argparse.Namespace
-) -> dict[str, Any]:
-    """One table's worth: every engine in turns on `threads` threads."""
+def measure(workload: Workload, engines: list[str], folder: Path, options: argparse.Namespace) -> None:
+    """Fill in `workload`: what each engine costs, and all runs."""
+    written = ask(Path(sys.executable), "benchmarks.source", workload.model, str(workload.batch), str(folder))
+    workload.macs = written["macs"]
+    answers = prepare(workload, engines, folder)
+    paths = {engine: Path(answer["path"]) for engine, answer in answers.items()}
     x = folder / "input.npy"
-    np.save(x, crops(1, seed=2)[0].numpy())
-    results = interleave(
-        prepared["paths"], threads, x, rounds=options.rounds, max_rounds=4 * options.rounds, seconds=options.seconds
-    )
-    ours = results.get(OURS)
+    for threads in options.threads:
+        found, failed = interleave(
+            paths, threads, x, rounds=options.rounds, max_rounds=2 * options.rounds, seconds=options.seconds
+        )
+        workload.runs.append(as_run(workload.macs, threads, found, failed))
+        show(f"{table.title(workload, workload.runs[-1])}", table.TIMES, table.time_rows(workload.runs[-1]))
+        for engine, reason in failed.items():
+            console.print(f"  {engine} failed: {reason}", markup=False, soft_wrap=True)
+    starts, failed = cold_starts(paths, max(options.threads), x, options.starts)
+    workload.absent |= failed
+    for engine, shown in starts.items():
+        seconds, peak_bytes = shown.median()
+        figures = {key: value for key, value in answers[engine].items() if key != "path"}
+        workload.prepared[engine] = Prepared(**figures, cold_s=seconds, peak_bytes=peak_bytes, loads_torch=shown.torch)
+    show(workload.name, table.COSTS, table.cost_rows(workload))
+
+
+def prepare(workload: Workload, engines: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Each engine's answer; where it has none, `workload.absent` gets the reason."""
+    answers = {}
+    for engine in engines:
+        reason = ENGINES[engine].objection(workload.model)
+        if reason is None:
+            try:
+                answers[engine] = ask(ENGINES[engine].python, "benchmarks.prepare", engine, str(folder))
+                console.print(f"{workload.name}: {engine} prepared in {answers[engine]['prepare_s']:.1f} s")
+                continue
+            except Failed as failed:
+                reason = f"failed: {failed}"
+        workload.absent[engine] = reason
+        console.print(f"{workload.name}: no {engine}: {reason}", markup=False, soft_wrap=True)
+    return answers
+
+
+def as_run(macs: int, threads: int, found: dict[str, Measurement], failed: dict[str, str]) -> Run:
+    """The figures of one run, and the ratios to the peer that was fastest in it."""
+    ms = {engine: measured.milliseconds() for engine, measured in found.items()}
+    best = min((engine for engine in found if ENGINES[engine].peer), key=lambda engine: ms[engine], default=None)
     peak = dot_product_peak(threads)
-    row: dict[str, Any] = {"model": name, "threads": threads, "macs": prepared["macs"], "peak_macs_per_s": peak}
-    row["engines"] = {
-        engine: {
-            "ms": found.milliseconds(),
-            "share_of_peak": prepared["macs"] / (found.milliseconds() * 1e-3) / peak if peak else None,
-            "disturbed": found.disturbed,
-            "sqnr_db": prepared["sqnr_db"][engine],
-            "agreement": prepared["agreement"][engine],
-            "prepare_s": prepared["prepare_s"][engine],
-        }
-        for engine, found in results.items()
-    }
-    if ours is not None:
-        for engine, found in results.items():
-            row["engines"][engine]["ratio"], row["engines"][engine]["clean_rounds"] = ratio(found, ours)
-    return row
+    engines = {}
+    for engine, measured in found.items():
+        speed, rounds = ratio(found[best], measured) if best else (None, 0)
+        share = macs / (ms[engine] * 1e-3) / peak if peak else None
+        engines[engine] = Timed(ms[engine], speed, rounds, share, measured.disturbed)
+    return Run(threads, peak, best, engines, failed)
 
 
-def show(row: dict[str, Any]) -> None:
-    plural = "s" if row["threads"] > 1 else ""
-    peak = f", peak {row['peak_macs_per_s'] / 1e9:.0f} GMAC/s" if row["peak_macs_per_s"] else ""
-    title = f"{row['model']}, {row['threads']} thread{plural} ({row['macs'] / 1e9:.2f} GMAC{peak})"
-    table = Table("engine", "ms", "ratio (rounds)", "of peak", "SQNR", "same top-1", "disturbed", title=title)
-    for engine, found in row["engines"].items():
-        faster = (
-            "" if engine == OURS or "ratio" not in found else f"{found['ratio']:.2f} x ({found['clean_rounds']} rounds)"
-        )
-        share = f"{found['share_of_peak']:.0%}" if found["share_of_peak"] else ""
-        table.add_row(
-            engine,
-            f"{found['ms']:.3f}",
-            faster,
-            share,
-            f"{found['sqnr_db']:.1f} dB",
-            f"{found['agreement']:.1%}",
-            f"{found['disturbed']:.0%}",
-        )
-    console.print(table)
+def show(title: str, columns: tuple[str, ...], rows: Any) -> None:
+    shown = Table(*columns, title=title)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def installed(engines: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The versions of what is installed, and for each engine that is not the reason."""
+    versions: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    for engine in engines:
+        found = missing(ENGINES[engine])
+        if isinstance(found, str):
+            absent[engine] = f"not installed: {found}"
+            console.print(f"{engine} is {absent[engine]}", markup=False, soft_wrap=True)
+        else:
+            versions |= found
+    return versions, absent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, min(2, os.cpu_count() or 1)}))
-    parser.add_argument("--rounds", type=int, default=20, help="undisturbed blocks wanted of each engine")
+    parser.add_argument("--rounds", type=int, default=12, help="undisturbed blocks wanted of each engine")
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a block")
+    parser.add_argument("--starts", type=int, default=5, help="cold starts of each engine")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results.json"))
     options = parser.parse_args()
-    console.print(f"{processor()}, {os.cpu_count()} cores")
-    rows = []
-    for name in options.models:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            prepared = prepare(name, options.engines, folder)
-            for threads in options.threads:
-                rows.append(measure(name, prepared, threads, folder, options))
-                show(rows[-1])
-    packages = ("torch", "apache-tvm", "onnxruntime", "openvino", "nncf")
-    report = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "versions": {package: version(package) for package in packages},
-        "measured": rows,
-    }
-    options.output.write_text(json.dumps(report, indent=1))
+    versions, absent = installed(options.engines)
+    report = Report(machine(), versions, {key: getattr(options, key) for key in ("rounds", "seconds", "starts")})
+    console.print(", ".join(f"{key}: {value}" for key, value in report.machine.items()), soft_wrap=True)
+    engines = [engine for engine in options.engines if engine not in absent]
+    for model in options.models:
+        for batch in options.batches:
+            workload = Workload(model, batch, 0, absent=dict(absent))
+            with tempfile.TemporaryDirectory() as scratch:
+                measure(workload, engines, Path(scratch), options)
+            report.workloads.append(workload)
+            report.save(options.output)
     console.print(f"written to {options.output}")
 
 

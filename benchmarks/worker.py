@@ -3,13 +3,12 @@
     python -m benchmarks.worker ENGINE MODEL_FILE THREADS INPUT.npy
 
 Between blocks the process sleeps, so its thread pool does not disturb the engine whose turn it is.
-A line "SECONDS" on standard input asks for a block; the answer is one line of JSON: the median
-seconds a call, and whether other load disturbed the block.
+A line "SECONDS" on standard input asks for a block; the answer is a line of JSON: the median seconds
+a call, and whether other load disturbed the block.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.child import answer
 from benchmarks.engines import ENGINES
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -77,13 +77,13 @@ def measure(call: Callable[[], object], seconds: float, threads: int) -> Block:
 
 
 def main(engine: str, model_path: str, threads: str, input_path: str) -> None:
-    x = np.load(input_path)
+    x = ENGINES[engine].arrange(np.load(input_path))
     run = ENGINES[engine].load(Path(model_path), int(threads))
     for _ in range(5):
         run(x)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(asdict(measure(lambda: run(x), float(line), int(threads)))), flush=True)
+        answer(asdict(measure(lambda: run(x), float(line), int(threads))))
 
 
 if __name__ == "__main__":

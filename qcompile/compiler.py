@@ -5,8 +5,10 @@ capture -> passes -> integer program -> lower -> build -> artifact -> model
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -20,10 +22,12 @@ from qcompile.checks import InputChecker
 from qcompile.config import QuantConfig
 from qcompile.device import lacks
 from qcompile.errors import DeviceError, StrictError
+from qcompile.executable import OWNER
 from qcompile.ir import Program, shape_of
 from qcompile.manager import PassRecord
 from qcompile.passes import Pipeline
 from qcompile.passes.base import Progress
+from qcompile.profiling import Profile, profile
 from qcompile.quantizer import QuantizedModel, quantize
 from qcompile.runtime import Model
 from qcompile.sites import COVERS
@@ -43,8 +47,8 @@ class CompiledModel(Model):
         program: the integer graph.
     """
 
-    def __init__(self, artifact: Artifact, program: Program, *, threads: int | None = None) -> None:
-        self.program = program
+    def __init__(self, artifact: Artifact, program: Program, target: Target, *, threads: int | None = None) -> None:
+        self.program, self._built_for = program, target
         self._foreign = all(lacks(v.machine, v.features) for v in artifact.variants)
         if self._foreign:  # built for another machine: it can be saved and inspected, not run
             self.artifact, self._variant = artifact, artifact.variants[0]
@@ -60,6 +64,27 @@ class CompiledModel(Model):
         # Copies: an array may be read-only, and an output may be an input's own memory.
         outputs = self.program(*[torch.from_numpy(array.copy()) for array in self._check(inputs)])
         return [output.contiguous().numpy() for output in outputs]
+
+    def profile(self, *inputs: Any, seconds: float = 1.0, **named: Any) -> Profile:
+        """Time every kernel of a call on `inputs`, for about `seconds` after building once more.
+
+        Returns:
+            A `Profile`: prints as a table, and `.plot(path)` draws it.
+
+        Raises:
+            InputError: the inputs do not fit. DeviceError: the model was compiled for another machine.
+        """
+        found: list[Profile] = []
+
+        def run(*arrays: np.ndarray) -> list[np.ndarray]:
+            outputs = self.flat(*arrays)  # checks the inputs, and sets the number of threads
+            threads = self._threads or int(os.environ["TVM_NUM_THREADS"])
+            measure = partial(profile, self.program, self._built_for, self._check(arrays), threads, seconds)
+            found.append(OWNER.run(measure))
+            return outputs
+
+        self._apply(run, inputs, named)
+        return found[0]
 
     def flat(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Flat NumPy inputs to flat NumPy outputs.
@@ -148,7 +173,7 @@ def compile_program(
         toolchain={name: version(name) for name in ("qcompile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")},
         tolerance=FLOAT_TOLERANCE if any(row.kind == "float" for row in coverage) else 0.0,
     )
-    return CompiledModel(replace(artifact, golden=golden_cases(program)), program, threads=threads)
+    return CompiledModel(replace(artifact, golden=golden_cases(program)), program, target, threads=threads)
 
 
 def coverage_rows(program: Program, kernels: Mapping[str, str]) -> tuple[CoverageRow, ...]:

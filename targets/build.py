@@ -88,7 +88,7 @@ def build(program: Program, target: Target, progress: Progress | None = None) ->
     lowered = lower(program, target, EMITTERS)
     say("compiling")
     try:
-        executable = _compile(lowered, target)
+        executable = compile_module(lowered, target)
     except Exception as error:  # TVM raises many types
         raise _not_built(program, target, error) from error
     say("linking")
@@ -99,13 +99,13 @@ def build(program: Program, target: Target, progress: Progress | None = None) ->
     return Built(library, lowered.constants, lowered.kernels)
 
 
-def _compile(lowered: Lowered, target: Target) -> Any:
-    return relax.build(lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode="compiled")
+def compile_module(lowered: Lowered, target: Target, exec_mode: str = "compiled") -> Any:
+    return relax.build(lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode=exec_mode)
 
 
 def _not_built(program: Program, target: Target, error: Exception) -> BuildError:
     """What TVM failed with, and at which operator."""
-    found = culprit(program, lambda part: _compile(lower(part, target, EMITTERS), target))
+    found = culprit(program, lambda part: compile_module(lower(part, target, EMITTERS), target))
     if found is None:
         return BuildError(
             f"TVM could not build the model for {target.name}: {error}",

@@ -43,11 +43,15 @@ class Value:
 
 @dataclass
 class Lowered:
-    """What `build` needs: the module, its constants in order, and which kernel computes which node."""
+    """What `build` needs: the module, its constants in order, and which kernel computes which node.
+
+    `calls`: (node, function of the module) of every kernel call, in order; a node may need several.
+    """
 
     module: tvm.IRModule
     constants: dict[str, np.ndarray]
     kernels: dict[str, str]
+    calls: list[tuple[str, str]]
 
 
 _FIXED_SHAPES = "compute with masks (torch.where) in place of selecting, so that every shape follows from the inputs'"
@@ -89,6 +93,7 @@ class Lowering:
     pools: dict[str, Pool] = field(default_factory=lambda: {d: Pool(d) for d in POOLS})
     tables: dict[str, relax.Expr] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
+    calls: list[tuple[str, str]] = field(default_factory=list)
     symbols: dict[sympy.Symbol, tirx.Var] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[Dim, ...]] = field(default_factory=dict)
     planned: dict[fx.Node, Planned] = field(default_factory=dict)
@@ -147,6 +152,7 @@ class Lowering:
     def call(self, node: fx.Node, kernel: Kernel, inputs: list[Value], layout: Layout | None, dtype: str) -> Value:
         """Call `kernel` on the flat buffers of `inputs`; the result has `layout`, or is dense float."""
         function = self.builder.add_func(kernel.func, kernel.name)
+        self.calls.append((node.name, str(function.name_hint)))
         starts = [self.pools[str(c.dtype)].add(c) for c in kernel.constants]
         size = layout.size if layout else product(self.shape(node))
         args = [
@@ -332,7 +338,7 @@ def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Loweri
             result = low.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
         low.builder.emit_func_output(result)
     constants = {dtype: low.pools[dtype].data() for dtype in POOLS}
-    return Lowered(low.builder.get(), constants, low.kernels)
+    return Lowered(low.builder.get(), constants, low.kernels, low.calls)
 
 
 def _input(low: Lowering, node: fx.Node, var: relax.Var) -> None:

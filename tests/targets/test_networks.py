@@ -102,5 +102,5 @@ def test_the_number_of_threads_changes_no_bit(target: str) -> None:
     skip_unless_runnable(target)
     artifact = artifact_for(REDUCED[0], target)
     for threads in (1, None):  # None: all cores
-        model = CompiledModel(artifact, quantized(REDUCED[0]).program, threads=threads)
+        model = CompiledModel(artifact, quantized(REDUCED[0]).program, get(target), threads=threads)
         assert [different(model(x).numpy(), want) for x, (want,) in answers(REDUCED[0])] == [0, 0]

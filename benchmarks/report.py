@@ -1,0 +1,129 @@
+"""The page `docs/benchmarks.md` and its picture, from the results of a run; neither is edited by hand.
+
+python -m benchmarks.report [benchmarks/results.json] [--folder docs]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import table
+from benchmarks.engines import OURS
+from benchmarks.plot import draw
+from benchmarks.results import Report, Run, Workload
+
+PAGE, PICTURE = "benchmarks.md", "benchmarks.svg"
+
+INTRODUCTION = """\
+# Benchmarks
+
+What `make bench` measured: int8 models of this project, and what other engines make of the same float
+weights, calibration data and inputs. `python -m benchmarks.report` wrote this page from
+`benchmarks/results.json`.
+"""
+
+METHOD = """\
+## How it is measured
+
+- All engines are measured **in turns**: every round gives each of them one block of calls, and while
+  one is measured the others sleep. A ratio is the median over the rounds of the ratio within a round,
+  because a machine's speed drifts by more than what separates the engines. Under 10% is a tie.
+- A block in which other load took a core or kept a thread waiting counts as disturbed, and is left out.
+- **Speed** is relative to the best peer: the fastest engine in that row that is not this project's, int8
+  or float. Above 1 is faster.
+- **Of peak**: multiply-accumulates of the model's convolutions and linear layers in a second, as a part of
+  what the machine's own int8 dot-product instruction does in registers, measured just after.
+- **File**: all that a device needs besides the engine itself. **Compile**: from the float model in memory
+  or in ONNX to these files, calibration included, importing the engine's packages not.
+- **Cold start**: from the start of a Python process to its first answer, with the files in the page cache.
+  **Memory**: the most that this process held (VmHWM). The same script starts every engine.
+- **SQNR** and **same top-1** compare the outputs with the float model's on held-out data. They belong next
+  to the speed, since an engine can be fast by leaving out what it should compute; they are no measure of
+  accuracy, since most of these weights are random.
+- Every call takes a float32 NumPy array and returns one. LiteRT gets images channels last, as it was
+  converted; the others channels first. Batch 16 is compiled with that static shape.
+- The networks: ResNet-18 and ResNet-50, MobileNetV2, EfficientNet-Lite0 (224 x 224 photographs), and an MLP
+  784-1024-1024-10. EfficientNet-Lite0 has its ImageNet weights; the other weights are random with
+  the statistics of trained ones.
+"""
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
+    parts += ["## The machine\n", markdown(("", ""), [(key, value) for key, value in report.machine.items()])]
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(report.versions.items()))
+    parts += [f"Versions: {versions}.\n", "## Summary\n", markdown(*summary(report)), METHOD]
+    parts += ["## Each workload\n"]
+    for workload in report.workloads:
+        parts += [f"### {workload.name}\n", *details(workload)]
+    return "\n".join(parts)
+
+
+def summary(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """One row a run: this project and the best peer."""
+    columns = ("workload", "threads", f"{OURS} ms", "best peer", "its ms", "speed", "of peak")
+    rows: list[Sequence[str]] = []
+    for workload in report.workloads:
+        for run in workload.runs:
+            ours, best = run.engines.get(OURS), run.engines.get(run.best_peer or "")
+            rows.append(
+                (
+                    workload.name,
+                    str(run.threads),
+                    table.milliseconds(ours.ms) if ours else "failed",
+                    run.best_peer or "",
+                    table.milliseconds(best.ms) if best else "",
+                    f"**{table.speed(ours.speed)}**" if ours and ours.speed else "",
+                    table.share(ours.share_of_peak) if ours else "",
+                )
+            )
+    return columns, rows
+
+
+def details(workload: Workload) -> Iterable[str]:
+    """Both tables of a workload, and what has no figures."""
+    yield f"{table.macs(workload)} a call.\n"
+    runs = workload.runs
+    columns = ["engine"]
+    for run in runs:
+        columns += [f"ms, {table.threads(run.threads)}", "speed", "of peak"]
+    engines = list(dict.fromkeys(engine for run in runs for engine in run.engines))
+    yield markdown(columns, [[engine, *(cell for run in runs for cell in _cells(run, engine))] for engine in engines])
+    yield markdown(table.COSTS, list(table.cost_rows(workload)))
+    absent = dict(workload.absent)
+    for run in runs:
+        absent |= {f"{engine}, {table.threads(run.threads)}": reason for engine, reason in run.failed.items()}
+    if absent:
+        yield "Without figures:\n"
+        yield "".join(f"- {engine}: {reason}\n" for engine, reason in absent.items())
+
+
+def _cells(run: Run, engine: str) -> tuple[str, str, str]:
+    timed = run.engines.get(engine)
+    if timed is None:
+        return ("", "", "")
+    return table.milliseconds(timed.ms), table.speed(timed.speed), table.share(timed.share_of_peak)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, numbers stand on the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)] if columns[0] else ["---"] * len(columns)
+    return "".join("| " + " | ".join(row) + " |\n" for row in (columns, rule, *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, default=Path("benchmarks/results.json"))
+    parser.add_argument("--folder", type=Path, default=Path("docs"))
+    options = parser.parse_args()
+    report = Report.load(options.results)
+    (options.folder / PAGE).write_text(page(report))
+    draw(report, options.folder / PICTURE)
+    print(f"written: {options.folder / PAGE}, {options.folder / PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

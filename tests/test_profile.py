@@ -1,0 +1,60 @@
+"""compiled.profile(): every kernel accounted for, with its multiply-accumulates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from passing import images, network
+from torch import nn
+from torch.export import Dim
+
+import qcompile
+from qcompile.errors import DeviceError, InputError
+
+# (N, 3, 10, 10): the stem, the two convolutions of the block, the depthwise one, and the head.
+MACS = 25 * 16 * 3 * 9 + 2 * 25 * 16 * 16 * 9 + 4 * 16 * 9 + 16 * 5
+
+
+def test_every_kernel_has_a_time_and_every_convolution_its_multiplications() -> None:
+    compiled = qcompile.compile(network(), calibration=images())
+    found = compiled.profile(images()[0], seconds=0.05)
+    assert sum(row.macs for row in found.rows) == MACS
+    assert all(row.seconds > 0 for row in found.rows)
+    assert found.seconds == pytest.approx(sum(row.seconds for row in found.rows))
+    kernels = {row.kernel for row in compiled.coverage if row.kind == "integer"} - {"view", ""}
+    assert all(any(row.kernel.startswith(kernel) for row in found.rows) for kernel in kernels)
+    modules = [row.where for row in found.rows if row.macs]
+    assert modules == ["0", "3.first.0", "3.second.0", "5", "9"]
+    assert "conv" in str(found)
+
+
+def test_a_dynamic_batch_is_counted_as_it_is_called() -> None:
+    shapes = ({0: Dim("batch", max=8)},)
+    compiled = qcompile.compile(network(), calibration=images(), dynamic_shapes=shapes)
+    found = compiled.profile(torch.cat(images(5)), seconds=0.02)
+    assert sum(row.macs for row in found.rows) == 5 * MACS
+
+
+def test_float_operators_are_there_too() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+    data = [torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    found = qcompile.compile(model, calibration=data).profile(data[0], seconds=0.02)
+    assert any(row.op == "float" for row in found.rows)
+    assert sum(row.macs for row in found.rows) == 4 * 8 * 8 + 4 * 8 * 4
+
+
+def test_a_profile_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    qcompile.compile(network(), calibration=images()).profile(images()[0], seconds=0.02).plot(tmp_path / "p.svg")
+    drawn = (tmp_path / "p.svg").read_text()
+    assert drawn.lstrip().startswith("<?xml")
+
+
+def test_only_what_runs_here_can_be_profiled() -> None:
+    foreign = qcompile.compile(network(), "arm64-neon", calibration=images())
+    with pytest.raises(DeviceError, match="was compiled for arm64-neon"):
+        foreign.profile(images()[0])
+    with pytest.raises(InputError, match="shape"):
+        qcompile.compile(network(), calibration=images()).profile(torch.randn(1, 3, 9, 9))
