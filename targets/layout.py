@@ -15,7 +15,7 @@ by the producer, so that a padded convolution needs no bounds checks. A dense te
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 Dim = Any  # an int, or a tvm.tirx expression where the dimension is dynamic
@@ -96,9 +96,6 @@ class Layout:
         """The same buffer as one row of pixels; only without a halo."""
         assert self.halo == NO_HALO
         return Layout((product(self.extents), self.channels), False, self.pitch)
-
-    def with_halo(self, halo: tuple[int, int, int, int]) -> Layout:
-        return replace(self, halo=halo)
 
 
 def dense(shape: tuple[Dim, ...]) -> Layout:

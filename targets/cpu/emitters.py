@@ -19,9 +19,9 @@ from qcompile.targets.cpu.depthwise import depthwise, is_depthwise
 from qcompile.targets.cpu.depthwise_dot import depthwise_dot
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.layout import Layout
+from qcompile.targets.layout import Layout, align
 from qcompile.targets.lower import Lowering, Value
-from qcompile.targets.plan import padding_of
+from qcompile.targets.plan import PITCH, padding_of
 
 q, aten = torch.ops.qcompile, torch.ops.aten
 Emitter = Callable[[Lowering, fx.Node], None]
@@ -90,10 +90,8 @@ def _operand(low: Lowering, node: fx.Node, operand: fx.Node) -> Value:
         plain = low.dense(operand)
         shape = (1,) * (len(out.shape) - len(shape)) + tuple(shape)
         value = Value(plain.expr, Layout(shape, False, shape[-1]), plain.dtype)
-        if out.channels_last:
-            wanted = Layout(shape, True, -(-int(shape[1]) // 16) * 16)
-        else:
-            wanted = Layout(shape, False, -(-int(shape[-1]) // 16) * 16)
+        channels = int(shape[1] if out.channels_last else shape[-1])
+        wanted = Layout(shape, out.channels_last, align(channels, PITCH))
         value = low.copy(operand, value, wanted, 0)
     assert value.layout is not None
     leading = value.layout.shape[:-1]
