@@ -104,6 +104,18 @@ def _index(ops: FloatOps, node: fx.Node) -> Any:
         env.update(kept)
 
 
+def _select(ops: FloatOps, node: fx.Node) -> Any:
+    """One index of one dimension; a negative one counts from the end (the frontend would read out of bounds)."""
+    x, index = argument(node, "self"), argument(node, "index")
+    if not isinstance(index, int):
+        raise NotImplementedError("its index is computed at run time")
+    shape = ops.low.shape(x)
+    dim = argument(node, "dim") % len(shape)
+    start = index if index >= 0 else shape[dim] + index
+    sliced = ops.low.builder.emit(relax.op.strided_slice(ops.value(x), [dim], [start], [start + 1]))
+    return ops.low.builder.emit(relax.op.squeeze(sliced, [dim]))
+
+
 def _scatter(reduction: str) -> Callable[[FloatOps, fx.Node], Any]:
     def convert(ops: FloatOps, node: fx.Node) -> Any:
         x, index, updates = (argument(node, name) for name in ("self", "index", "src"))
@@ -128,6 +140,7 @@ CONVERSIONS: dict[Any, Callable[[FloatOps, fx.Node], Any]] = {
     aten.clamp_min.default: _clamp,
     aten.clamp_max.default: _clamp,
     aten.index.Tensor: _index,
+    aten.select.int: _select,
     aten.scatter.src: _scatter("update"),
     aten.scatter_add.default: _scatter("add"),
 }

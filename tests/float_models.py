@@ -102,6 +102,7 @@ MODELS: dict[str, Callable[[], Rows | Images]] = {
     "amax": lambda: row(lambda h, y: (h.amax((0, 2)), h.amin(1, keepdim=True))),
     # reductions
     "cummax": lambda: row(lambda h, y: (*y.cummax(1), h)),
+    "select": lambda: row(lambda h, y: (h.exp().select(1, -1), y.select(0, -2), h.exp().select(-1, 3))),
     "negative index": lambda: row(lambda h, y: h.exp()[:, torch.tensor([1, -1])] + y[:, [-2]]),
     "antialias": lambda: image(lambda h, y: functional.interpolate(h, (4, 5), mode="bilinear", antialias=True)),
     "divided by zero": lambda: row(lambda h, y: h / 0),
