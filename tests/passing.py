@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import qcompile
 from qcompile.capture import capture
 from qcompile.config import QuantConfig
+from qcompile.errors import QcompileError
 from qcompile.ir import Program
 from qcompile.manager import PassManager
 from qcompile.passes import Context, Pass, default_pipeline
@@ -35,6 +38,17 @@ def matches_golden(name: str, program: Program) -> bool:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X = randn(2, 4)
+
+
+def refusal(model: Any, calibration: Any = (X,), **options: Any) -> QcompileError:
+    """The error that quantizing `model` ends with; it always has a remedy."""
+    with pytest.raises(QcompileError) as caught:
+        qcompile.quantize(model, calibration=calibration, **options)
+    assert caught.value.remedy
+    return caught.value
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from passing import randn, randomize, sqnr
+from passing import X, randn, randomize, refusal, sqnr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -16,17 +16,6 @@ import qcompile
 from qcompile.errors import CalibrationError, CaptureError, ConfigError, PassError, QcompileError
 from qcompile.ir import Program, Property
 from qcompile.passes import Context, Pass, default_pipeline
-
-X = randn(2, 4)
-
-
-def refusal(model: Any, calibration: Any = (X,), **options: Any) -> QcompileError:
-    """The error that quantizing `model` ends with; it always has a remedy."""
-    with pytest.raises(QcompileError) as caught:
-        qcompile.quantize(model, calibration=calibration, **options)
-    assert caught.value.remedy
-    return caught.value
-
 
 # --- example inputs, calibration, configuration -------------------------------------------------------
 

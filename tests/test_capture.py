@@ -10,22 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from passing import randn
+from passing import X, randn, refusal
 from torch import Tensor, nn
 from torch.nn import functional
 
 import qcompile
 from qcompile.errors import CaptureError, QcompileError
-
-X = randn(2, 4)
-
-
-def refusal(model: Any, calibration: Any = (X,), **options: Any) -> QcompileError:
-    """The error that quantizing `model` ends with; it always has a remedy."""
-    with pytest.raises(QcompileError) as caught:
-        qcompile.quantize(model, calibration=calibration, **options)
-    assert caught.value.remedy
-    return caught.value
 
 
 def names_line(error: QcompileError, code: str) -> bool:
