@@ -70,7 +70,7 @@ class Take:
     or always `start` where `dim` is None."""
 
     dim: int | None
-    start: int = 0
+    start: Dim = 0
     step: int = 1
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from tvm import tirx
 
 from qcompile.ops.pool import adaptive_windows, window_counts
 from qcompile.targets.cpu import copy, elementwise, pool
@@ -297,10 +298,10 @@ def _slice(low: Lowering, node: fx.Node) -> None:
     dim = (a[1] if len(a) > 1 else 0) % len(shape)
     start, step = a[2] if len(a) > 2 and a[2] is not None else 0, a[4] if len(a) > 4 else 1
     size = shape[dim]
-    if not isinstance(size, int) and (start != 0 or step != 1):
-        raise low.error(node, "it slices a dynamic dimension")
     if isinstance(size, int):
         start = min(max(start + size if start < 0 else start, 0), size)
+    elif start < 0:
+        start = tirx.max(size + start, tirx.const(0, "int64"))
     take = tuple(Take(d, start, step) if d == dim else Take(d) for d in range(len(shape)))
     low.gather(node, a[0], take)
 
@@ -310,9 +311,7 @@ def _select(low: Lowering, node: fx.Node) -> None:
     shape = low.shape(x)  # type: ignore[arg-type]
     dim = int(dim) % len(shape)  # type: ignore[arg-type]
     index = int(index)  # type: ignore[arg-type]
-    if index < 0 and not isinstance(shape[dim], int):
-        raise low.error(node, "it selects from the end of a dynamic dimension")
-    at = index % shape[dim] if index < 0 else index
+    at = index if index >= 0 else shape[dim] + index
     take = tuple(Take(None, at) if d == dim else Take(d - (d > dim)) for d in range(len(shape)))
     low.gather(node, x, take)  # type: ignore[arg-type]
 
