@@ -15,10 +15,10 @@ demo: .venv/installed-examples ## quantize EfficientNet-Lite0, compile it, compa
 	$(BIN)/python -m examples.efficientnet_lite0
 
 test: lint arm-tools ## what has to pass before a change goes in
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
 
 test-all: lint arm-tools ## the same, and the slow tests as well
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: .venv/installed-test ## style and types
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+from qcompile.device import processor
+
 DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "avx2", "asimddp", "i8mm")
 
 
@@ -15,13 +17,10 @@ def machine() -> dict[str, str]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         cpuinfo.setdefault(key.strip(), value.strip())  # those of the first core
-    name = cpuinfo.get("model name", platform.machine())
-    if "cpu family" in cpuinfo:  # a virtual machine's name may say little
-        name += f" (family {cpuinfo['cpu family']}, model {cpuinfo['model']})"
     flags = (cpuinfo.get("flags") or cpuinfo.get("Features") or "").split()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "processor": name,
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "instruction sets": ", ".join(flag for flag in DOT_PRODUCTS if flag in flags),
         "memory": f"{memory / 2**30:.0f} GiB" + (", a virtual machine" if "hypervisor" in flags else ""),

@@ -1,7 +1,7 @@
-"""The command line: compile, run, inspect, selftest, targets.
+"""The command line: compile, tune, merge, run, inspect, selftest, targets.
 
-Only `compile` imports PyTorch, and only `compile` and `targets` the compiler: the other commands work
-on a device. A mistake prints what was wrong, where and what to do, and ends with 1.
+Only `compile` and `tune` need PyTorch, and these, `merge` and `targets` the compiler: the other commands
+work on a device. A mistake prints what was wrong, where and what to do, and ends with 1.
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from typer.core import TyperGroup
 
+from qcompile.arrays import in_order, read_arrays, read_model
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec
 from qcompile.device import lacks, machine
-from qcompile.errors import CalibrationError, InputError, QcompileError
+from qcompile.errors import InputError, QcompileError
 from qcompile.runtime import load, report
 
 if TYPE_CHECKING:
@@ -61,20 +70,69 @@ def compile_command(
     target: Annotated[str, typer.Option(help="what to compile for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
+    tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
+    threads: Threads = None,
 ) -> None:
     """Compile a float model to int8 machine code."""
     from qcompile.compiler import compile
-    from qcompile.exported import example_batch, load_exported
+    from qcompile.tuning import Tuning
 
-    program = load_exported(model)
-    samples = _read_arrays(calibration, CalibrationError)
-    names = list(program.graph_signature.user_inputs)
-    batches = _batches(samples, batch or example_batch(program), names, calibration)
+    program, batches = read_model(model, calibration, batch)
+    known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:
-        compiled = compile(program, target, calibration=batches, strict=strict, progress=progress)
+        compiled = compile(
+            program, target, calibration=batches, tuning=known, strict=strict, threads=threads, progress=progress
+        )
     compiled.save(output)
     counts = _counts(compiled.coverage)
     out.print(f"{output}: {output.stat().st_size:,} bytes for {compiled.target}; {counts}", highlight=False)
+
+
+@app.command()
+def tune(
+    model: Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")],
+    calibration: Annotated[Path, typer.Option(help="typical inputs: .npz, one array per input, first axis = samples")],
+    database: Annotated[
+        Path, typer.Option("--database", "-d", help="what was found goes here, and is not measured again")
+    ],
+    target: Annotated[str, typer.Option(help="what to tune for; see `qcompile targets`")] = "native",
+    batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
+    device: Annotated[str | None, typer.Option(help="measure there: KEY@HOST:PORT of a TVM RPC tracker")] = None,
+    threads: Threads = None,
+) -> None:
+    """Measure the fastest config of each kernel of a model; Ctrl-C keeps what was found."""
+    from qcompile.quantizer import quantize
+    from qcompile.targets import get
+    from qcompile.targets.capability import objection
+    from qcompile.targets.tune import tune as tune_kernels
+    from qcompile.tuning import Tuning
+
+    where, tuning = get(target), Tuning(database, device=device)
+    program, batches = read_model(model, calibration, batch)
+    found: list[Any] = []
+    try:
+        with _progress() as progress:
+            quantized = quantize(program, calibration=batches, objection=objection(where), progress=progress)
+            tune_kernels(quantized.program, where, tuning, threads, progress, found.append)
+    except KeyboardInterrupt:
+        err.print(f"stopped: what was found is in {database}; the same command goes on from there", highlight=False)
+        raise typer.Exit(130) from None
+    finally:
+        if found:
+            _show_tuned(found)
+    out.print(f"{len(found)} kernels measured; compile with --tuning {database}", highlight=False)
+
+
+@app.command("merge")
+def merge_command(
+    into: Annotated[Path, typer.Argument(help="the tuning database that takes the others in", metavar="INTO")],
+    others: Annotated[list[Path], typer.Argument(help="tuning databases", metavar="FROM...")],
+) -> None:
+    """Bring what several devices found into one tuning database; the greater gain wins."""
+    from qcompile.targets.database import Database
+
+    for other in others:
+        out.print(f"{other}: {Database(into).merge(other)} entries taken", highlight=False)
 
 
 @app.command()
@@ -86,8 +144,8 @@ def run(
 ) -> None:
     """Run a compiled model on the inputs of a file."""
     loaded = load(model, threads=threads)
-    given = _read_arrays(input, InputError)
-    results = loaded.flat(*_in_order(given, [spec.name for spec in loaded.inputs]))
+    given = read_arrays(input, InputError)
+    results = loaded.flat(*in_order(given, [spec.name for spec in loaded.inputs]))
     arrays: dict[str, Any] = {spec.name: array for spec, array in zip(loaded.outputs, results, strict=True)}
     np.savez(output, **arrays)
     for name, array in arrays.items():
@@ -139,51 +197,31 @@ def targets() -> None:
     _table(f"targets (this machine: {machine()[0]})", ("name", "machine", "needs", "here"), rows)
 
 
-def _read_arrays(path: Path, kind: type[QcompileError]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; raises `kind`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise ValueError("it holds one bare array")
-            arrays = {name: file[name] for name in file.files}
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-                raise ValueError("it holds something other than arrays")
-            return arrays
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise kind(
-            f"the arrays cannot be read: {error}", where=str(path), remedy="give a file that numpy.savez wrote"
-        ) from error
-
-
-def _batches(samples: dict[str, np.ndarray], size: int, names: Sequence[str], path: Path) -> list[tuple[Any, ...]]:
-    """Slices of `size` samples of each array, as torch tensors in the order of the inputs `names`.
-
-    Arrays of other names are taken in the order of the file.
-    """
-    import torch
-
-    counts = {name: len(array) if array.ndim else 0 for name, array in samples.items()}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
-        raise CalibrationError(
-            f"the arrays have different numbers of samples ({listed})",
-            where=str(path),
-            remedy="stack the samples of each input along the first axis",
+def _show_tuned(found: Sequence[Any]) -> None:
+    rows = [
+        (
+            t.shape,
+            t.default,
+            t.kernel,
+            f"{t.seconds * 1e6:.1f}",
+            f"{t.gain:.2f} x",
+            f"{t.candidates - len(t.failed)} of {t.candidates}",
         )
-    total = next(iter(counts.values()), 0)
-    tensors = [torch.from_numpy(array) for array in _in_order(samples, names)]
-    return [tuple(t[start : start + size] for t in tensors) for start in range(0, total, size)]
-
-
-def _in_order(arrays: dict[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
-    """By name where all names are the model's, else as they come."""
-    return [arrays[name] for name in names] if set(names) == set(arrays) else list(arrays.values())
+        for t in found
+    ]
+    _table("tuned kernels", ("layer", "default", "fastest", "us", "gain", "candidates"), rows)
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
     """A callback (step, done, total or None) that draws a bar for each step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err) as bars:
         tasks: dict[str, TaskID] = {}
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ from qcompile.sites import COVERS
 from qcompile.targets import Target, get
 from qcompile.targets.build import build
 from qcompile.targets.capability import objection
+from qcompile.targets.tune import best_known
+from qcompile.targets.workload import Chosen
+from qcompile.tuning import Tuning
 
 FLOAT_TOLERANCE = 1e-3
 """Where operators stayed float, how far a device's outputs may be from the reference's, as a part of
@@ -47,8 +51,16 @@ class CompiledModel(Model):
         program: the integer graph.
     """
 
-    def __init__(self, artifact: Artifact, program: Program, target: Target, *, threads: int | None = None) -> None:
-        self.program, self._built_for = program, target
+    def __init__(
+        self,
+        artifact: Artifact,
+        program: Program,
+        target: Target,
+        *,
+        threads: int | None = None,
+        chosen: Chosen | None = None,
+    ) -> None:
+        self.program, self._built_for, self._chosen = program, target, chosen or {}
         self._foreign = all(lacks(v.machine, v.features) for v in artifact.variants)
         if self._foreign:  # built for another machine: it can be saved and inspected, not run
             self.artifact, self._variant = artifact, artifact.variants[0]
@@ -79,7 +91,9 @@ class CompiledModel(Model):
         def run(*arrays: np.ndarray) -> list[np.ndarray]:
             outputs = self.flat(*arrays)  # checks the inputs, and sets the number of threads
             threads = self._threads or int(os.environ["TVM_NUM_THREADS"])
-            measure = partial(profile, self.program, self._built_for, self._check(arrays), threads, seconds)
+            measure = partial(
+                profile, self.program, self._built_for, self._chosen, self._check(arrays), threads, seconds
+            )
             found.append(OWNER.run(measure))
             return outputs
 
@@ -109,6 +123,7 @@ def compile(
     dynamic_shapes: Any = None,
     config: QuantConfig | None = None,
     pipeline: Pipeline | None = None,
+    tuning: Tuning | str | Path | None = None,
     strict: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -123,6 +138,8 @@ def compile(
         dynamic_shapes: as torch.export takes it, for example ``({0: torch.export.Dim("batch", max=64)},)``.
         config: how to quantize.
         pipeline: the passes, for example ``default_pipeline().after("canonicalize", MyPass())``.
+        tuning: a path: measure the kernels that the tuning database there does not know yet, and use the
+            fastest of each; or a `Tuning`. Without it, analytic defaults and what ships with the package.
         strict: refuse a model in which an operator would stay float.
         threads: how many a call uses; default: all cores.
         progress: called with (step, done, total or None) during long work.
@@ -144,13 +161,14 @@ def compile(
         objection=objection(where),
         progress=progress,
     )
-    return compile_program(quantized, where, strict=strict, threads=threads, progress=progress)
+    return compile_program(quantized, where, tuning=tuning, strict=strict, threads=threads, progress=progress)
 
 
 def compile_program(
     quantized: QuantizedModel,
     target: Target,
     *,
+    tuning: Tuning | str | Path | None = None,
     strict: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -159,8 +177,9 @@ def compile_program(
     program = quantized.program
     if strict:
         refuse_float(program)
+    chosen = best_known(program, target, tuning, threads, progress)
     steps = iter(range(1, 4))
-    built = build(program, target, None if progress is None else lambda step: progress(step, next(steps), 3))
+    built = build(program, target, None if progress is None else lambda step: progress(step, next(steps), 3), chosen)
     variant = Variant(target.name, target.machine, target.features, target.rank, built.library, built.constants)
     coverage = coverage_rows(program, built.kernels)
     artifact = Artifact(
@@ -173,7 +192,8 @@ def compile_program(
         toolchain={name: version(name) for name in ("qcompile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")},
         tolerance=FLOAT_TOLERANCE if any(row.kind == "float" for row in coverage) else 0.0,
     )
-    return CompiledModel(replace(artifact, golden=golden_cases(program)), program, target, threads=threads)
+    artifact = replace(artifact, golden=golden_cases(program))
+    return CompiledModel(artifact, program, target, threads=threads, chosen=chosen)
 
 
 def coverage_rows(program: Program, kernels: Mapping[str, str]) -> tuple[CoverageRow, ...]:

@@ -62,3 +62,12 @@ def lacks(wanted_machine: str, features: Iterable[str]) -> str:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """What this processor is called; a virtual machine's name may say little, so with family and model."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    pairs = (line.partition(":") for line in reversed(lines))  # reversed: those of the first core win
+    cpu = {key.strip(): value.strip() for key, _, value in pairs}
+    name = cpu.get("model name", platform.machine())
+    return f"{name} (family {cpu['cpu family']}, model {cpu['model']})" if "cpu family" in cpu else name

@@ -94,12 +94,14 @@ class Profile:
         figure.savefig(path)
 
 
-def profile(program: Program, target: Any, inputs: Sequence[np.ndarray], threads: int, seconds: float) -> Profile:
-    """Measure the kernels of `program` on flat `inputs`; see `CompiledModel.profile`."""
+def profile(
+    program: Program, target: Any, chosen: Any, inputs: Sequence[np.ndarray], threads: int, seconds: float
+) -> Profile:
+    """Measure the kernels of `program`, with the `chosen` configs, on flat `inputs`; see `CompiledModel.profile`."""
     from qcompile.targets.cpu.peak import peak_rate
     from qcompile.targets.profiler import Profiler
 
-    profiler = Profiler(program, target)
+    profiler = Profiler(program, target, chosen)
     measured = profiler.seconds(inputs, seconds)
     peak = peak_rate(target, threads, repeat=30)
     nodes = {node.name: node for node in program.graph.nodes}

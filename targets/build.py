@@ -20,28 +20,26 @@ from qcompile.sites import is_computed
 from qcompile.targets.base import Target
 from qcompile.targets.blame import culprit
 from qcompile.targets.cpu.emitters import EMITTERS
-from qcompile.targets.lower import Lowered, lower
+from qcompile.targets.lower import lower
+from qcompile.targets.workload import Chosen
 
 Progress = Callable[[str], None]
 
 
 # TVM's default pipeline without RewriteDataflowReshape, which expects every function to be a schedulable
 # block; reshapes of activations are already views.
-_PIPELINE = tvm.transform.Sequential(
-    [
-        relax.transform.DeadCodeElimination(["main"]),
-        relax.transform.LegalizeOps(),
-        relax.transform.ToNonDataflow(),
-        relax.transform.RemovePurityChecking(),
-        relax.transform.CallTIRRewrite(),
-        relax.transform.StaticPlanBlockMemory(),
-        relax.transform.LowerAllocTensor(),
-        relax.transform.KillAfterLastUse(),
-        relax.transform.LowerRuntimeBuiltin(),
-        relax.transform.ComputePrimValue(),
-        relax.transform.VMShapeLower(),
-        relax.transform.AttachGlobalSymbol(),
-    ]
+_PASSES = (
+    relax.transform.LegalizeOps(),
+    relax.transform.ToNonDataflow(),
+    relax.transform.RemovePurityChecking(),
+    relax.transform.CallTIRRewrite(),
+    relax.transform.StaticPlanBlockMemory(),
+    relax.transform.LowerAllocTensor(),
+    relax.transform.KillAfterLastUse(),
+    relax.transform.LowerRuntimeBuiltin(),
+    relax.transform.ComputePrimValue(),
+    relax.transform.VMShapeLower(),
+    relax.transform.AttachGlobalSymbol(),
 )
 
 
@@ -76,8 +74,9 @@ def linker(target: Target) -> str:
     )
 
 
-def build(program: Program, target: Target, progress: Progress | None = None) -> Built:
-    """Compile an integer program for `target`; `progress` hears the name of each step.
+def build(program: Program, target: Target, progress: Progress | None = None, chosen: Chosen | None = None) -> Built:
+    """Compile an integer program for `target`; `progress` hears the name of each step, `chosen` is what
+    tuning found.
 
     Raises:
         BuildError: an operator that cannot be lowered, or no linker.
@@ -85,27 +84,32 @@ def build(program: Program, target: Target, progress: Progress | None = None) ->
     say = progress or (lambda step: None)
     command = linker(target)
     say("lowering")
-    lowered = lower(program, target, EMITTERS)
+    lowered = lower(program, target, EMITTERS, chosen)
     say("compiling")
     try:
-        executable = compile_module(lowered, target)
+        executable = compile_module(lowered.module, target.tvm)
     except Exception as error:  # TVM raises many types
         raise _not_built(program, target, error) from error
     say("linking")
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         path = Path(folder) / "model.so"
-        executable.export_library(str(path), fcompile=_link_with(command))
+        link(executable, path, command)
         library = path.read_bytes()
     return Built(library, lowered.constants, lowered.kernels)
 
 
-def compile_module(lowered: Lowered, target: Target, exec_mode: str = "compiled") -> Any:
-    return relax.build(lowered.module, tvm.target.Target(target.tvm), relax_pipeline=_PIPELINE, exec_mode=exec_mode)
+def compile_module(
+    module: tvm.IRModule, tvm_target: dict[str, Any], exec_mode: str = "compiled", keep_unused: bool = False
+) -> Any:
+    """A Relax module as an executable; `keep_unused`: with the calls whose results nobody reads."""
+    first = () if keep_unused else (relax.transform.DeadCodeElimination(["main"]),)
+    pipeline = tvm.transform.Sequential([*first, *_PASSES])
+    return relax.build(module, tvm.target.Target(tvm_target), relax_pipeline=pipeline, exec_mode=exec_mode)
 
 
 def _not_built(program: Program, target: Target, error: Exception) -> BuildError:
     """What TVM failed with, and at which operator."""
-    found = culprit(program, lambda part: compile_module(lower(part, target, EMITTERS), target))
+    found = culprit(program, lambda part: compile_module(lower(part, target, EMITTERS).module, target.tvm))
     if found is None:
         return BuildError(
             f"TVM could not build the model for {target.name}: {error}",
@@ -122,15 +126,15 @@ def _not_built(program: Program, target: Target, error: Exception) -> BuildError
     )
 
 
-def _link_with(command: str) -> Any:
-    """A link step for export_library: a bare linker is enough, the objects need no C library."""
+def link(executable: Any, path: Path, command: str) -> None:
+    """Write a shared object; a bare linker is enough, the objects need no C library."""
 
-    def link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
+    def run(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
         result = subprocess.run(
             [command, "-shared", "-o", output, *objects], capture_output=True, text=True, check=False
         )
         if result.returncode:
             raise BuildError(f"{command} failed", where=output, remedy=result.stderr.strip() or "see its output")
 
-    link.object_format = "o"  # type: ignore[attr-defined]
-    return link
+    run.object_format = "o"  # type: ignore[attr-defined]
+    executable.export_library(str(path), fcompile=run)

@@ -105,3 +105,26 @@ def dense(shape: tuple[Dim, ...]) -> Layout:
 
 def align(channels: int, to: int) -> int:
     return -(-channels // to) * to
+
+
+def innermost(shape: tuple[Dim, ...], channels_last: bool) -> int:
+    """The number of channels of a logical shape."""
+    return int(shape[1] if channels_last else shape[-1]) if shape else 1
+
+
+def relabel(layout: Layout, shape: tuple[Dim, ...]) -> Layout | None:
+    """The layout of the same buffer under `shape`, where inserting or dropping extents of one suffices
+    and channels stay innermost; else None."""
+    if layout.halo != NO_HALO or not shape:
+        return None
+    plain = tuple(d for d in layout.shape if not (isinstance(d, int) and d == 1))
+    after = tuple(d for d in shape if not (isinstance(d, int) and d == 1))
+    spatial = layout.shape[2:] if layout.channels_last else ()
+    if any(not (isinstance(d, int) and d == 1) for d in spatial) or plain != after:
+        return None
+    if isinstance(shape[-1], int) and shape[-1] == layout.channels:
+        return Layout(shape, False, layout.pitch)
+    ones = all(isinstance(d, int) and d == 1 for d in shape[2:])
+    if len(shape) in (3, 4) and ones and shape[1] == layout.channels:
+        return Layout(shape, True, layout.pitch)
+    return None

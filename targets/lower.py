@@ -7,7 +7,6 @@ them as one tuple, a tensor per element type, so that an artifact can map them w
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +21,16 @@ from tvm import relax, tirx
 from qcompile.errors import BuildError
 from qcompile.ir import Program, constant, is_tensor, source, where
 from qcompile.targets.base import Target
+from qcompile.targets.constants import POOLS, Pool
 from qcompile.targets.cpu.copy import Take, copied, gather, identity
 from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.cpu.epilogue import Requantize
+from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.float_ops import FloatOps
-from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, product
+from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, innermost, product, relabel
 from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
+from qcompile.targets.workload import Chosen, Workload
 
 DEQUANTIZE = torch.ops.qcompile.dequantize.default
 
@@ -46,40 +50,17 @@ class Lowered:
     """What `build` needs: the module, its constants in order, and which kernel computes which node.
 
     `calls`: (node, function of the module) of every kernel call, in order; a node may need several.
+    `workloads`: the kernels that can be tuned, layers of one shape once.
     """
 
     module: tvm.IRModule
     constants: dict[str, np.ndarray]
     kernels: dict[str, str]
     calls: list[tuple[str, str]]
+    workloads: list[Workload]
 
 
 _FIXED_SHAPES = "compute with masks (torch.where) in place of selecting, so that every shape follows from the inputs'"
-POOLS = ("int8", "uint8", "int16", "int32", "float32")
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector
-
-
-@dataclass
-class Pool:
-    """All constants of one element type, one after the other, aligned; equal ones once."""
-
-    dtype: str
-    parts: list[np.ndarray] = field(default_factory=list)
-    size: int = 0
-    known: dict[bytes, int] = field(default_factory=dict)
-
-    def add(self, value: np.ndarray) -> int:
-        """The position of `value` in the pool."""
-        key = hashlib.sha256(value.tobytes()).digest()
-        if key not in self.known:
-            self.known[key] = self.size
-            padding = -value.size % (ALIGNMENT // value.itemsize)
-            self.parts.append(np.pad(value.reshape(-1), (0, padding)))
-            self.size += value.size + padding
-        return self.known[key]
-
-    def data(self) -> np.ndarray:
-        return np.concatenate(self.parts) if self.parts else np.zeros(1, self.dtype)
 
 
 @dataclass
@@ -98,6 +79,8 @@ class Lowering:
     shapes: dict[fx.Node, tuple[Dim, ...]] = field(default_factory=dict)
     planned: dict[fx.Node, Planned] = field(default_factory=dict)
     copies: dict[Any, Value] = field(default_factory=dict)
+    chosen: Chosen = field(default_factory=dict)
+    workloads: dict[tuple[str, str], Workload] = field(default_factory=dict)
 
     # --- shapes -----------------------------------------------------------------------------------
 
@@ -199,7 +182,7 @@ class Lowering:
         margin = all(a >= b for a, b in zip(layout.halo, halo, strict=True))
         if kind and roomy and margin and (halo == NO_HALO or value.fill == fill):
             return value
-        target = Layout(layout.shape, channels_last, align(_inner(layout.shape, channels_last), PITCH), halo)
+        target = Layout(layout.shape, channels_last, align(innermost(layout.shape, channels_last), PITCH), halo)
         return self.copy(node, value, target, fill)
 
     def dense(self, node: fx.Node) -> Value:
@@ -258,6 +241,20 @@ class Lowering:
         result = self.call(node, kernel, inputs, layout, self.target.isa.storage)
         self.values[node] = Value(result.expr, layout, result.dtype, self.fill(node))
 
+    def define_tuned(
+        self,
+        node: fx.Node,
+        generator: Generator,
+        shape: ConvShape,
+        filters: Filters,
+        numbers: Requantize,
+        inputs: list[Value],
+    ) -> None:
+        """`node` is computed by a kernel of `generator`, with the config that is known to be best."""
+        workload = Workload(node, generator, shape, filters, numbers, self.target.isa, self.symbol_args)
+        self.workloads.setdefault(workload.key, workload)
+        self.define(node, workload.kernel(workload.chosen(self.chosen)), inputs)
+
     def define_view(self, node: fx.Node, x: fx.Node) -> None:
         """`node` is `x` under another shape: the same bytes where the layouts allow it."""
         self.kernels[node.name] = "view"
@@ -275,35 +272,18 @@ class Lowering:
             self.values[node] = Value(expr, None, str(node.meta["val"].dtype).removeprefix("torch."))
 
 
-def _inner(shape: tuple[Dim, ...], channels_last: bool) -> int:
-    return int(shape[1] if channels_last else shape[-1]) if shape else 1
-
-
-def relabel(layout: Layout, shape: tuple[Dim, ...]) -> Layout | None:
-    """The layout of the same buffer under `shape`, where inserting or dropping extents of one suffices
-    and channels stay innermost; else None."""
-    if layout.halo != NO_HALO or not shape:
-        return None
-    plain = tuple(d for d in layout.shape if not (isinstance(d, int) and d == 1))
-    after = tuple(d for d in shape if not (isinstance(d, int) and d == 1))
-    spatial = layout.shape[2:] if layout.channels_last else ()
-    if any(not (isinstance(d, int) and d == 1) for d in spatial) or plain != after:
-        return None
-    if isinstance(shape[-1], int) and shape[-1] == layout.channels:
-        return Layout(shape, False, layout.pitch)
-    ones = all(isinstance(d, int) and d == 1 for d in shape[2:])
-    if len(shape) in (3, 4) and ones and shape[1] == layout.channels:
-        return Layout(shape, True, layout.pitch)
-    return None
-
-
-def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Lowering, fx.Node], None]]) -> Lowered:
-    """Lower an integer program with the emitters of the target's processor.
+def lower(
+    program: Program,
+    target: Target,
+    emitters: dict[Any, Callable[[Lowering, fx.Node], None]],
+    chosen: Chosen | None = None,
+) -> Lowered:
+    """Lower an integer program with the emitters of the target's processor; `chosen`: what tuning found.
 
     Raises:
         BuildError: an operator or a shape that cannot be lowered; names the place.
     """
-    low = Lowering(program, target)
+    low = Lowering(program, target, chosen=chosen or {})
     nodes = list(program.graph.nodes)
     for node in program.placeholders():
         for size in node.meta["val"].shape:
@@ -338,7 +318,7 @@ def lower(program: Program, target: Target, emitters: dict[Any, Callable[[Loweri
             result = low.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
         low.builder.emit_func_output(result)
     constants = {dtype: low.pools[dtype].data() for dtype in POOLS}
-    return Lowered(low.builder.get(), constants, low.kernels, low.calls)
+    return Lowered(low.builder.get(), constants, low.kernels, low.calls, list(low.workloads.values()))
 
 
 def _input(low: Lowering, node: fx.Node, var: relax.Var) -> None:

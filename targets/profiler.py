@@ -16,6 +16,7 @@ from qcompile.targets.base import Target
 from qcompile.targets.build import compile_module
 from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.lower import Lowered, lower
+from qcompile.targets.workload import Chosen
 
 WARM_UP, LEAST_CALLS = 3, 5
 
@@ -27,9 +28,9 @@ class Profiler:
     about a microsecond a kernel for watching it, is not in the figures.
     """
 
-    def __init__(self, program: Program, target: Target) -> None:
-        self._lowered: Lowered = lower(program, target, EMITTERS)
-        executable = compile_module(self._lowered, target, "bytecode")
+    def __init__(self, program: Program, target: Target, chosen: Chosen) -> None:
+        self._lowered: Lowered = lower(program, target, EMITTERS, chosen)
+        executable = compile_module(self._lowered.module, target.tvm, "bytecode")
         self.kernels = self._lowered.kernels  # of each node, the one that computes it; others copy its operands
         self._machine = relax.VirtualMachine(executable, tvm.cpu())
         self._constants = [tvm.runtime.tensor(c) for c in self._lowered.constants.values()]

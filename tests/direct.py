@@ -12,46 +12,11 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm_ffi
-from torch import Tensor
 
-from qcompile.targets import InstructionSet, Target
+from qcompile.targets import Target
 from qcompile.targets.cpu.emit import Kernel
-from qcompile.targets.layout import Layout
 
 GUARD = 4096  # bytes on each side of the output
-
-
-def stored(x: Tensor, layout: Layout, fill: int, isa: InstructionSet, rng: np.random.Generator) -> np.ndarray:
-    """`x` as `layout` says: `fill` in the halo, random bytes in the channels that are not its own."""
-    n, _, _ = layout.extents
-    buffer = rng.integers(0, 256, layout.size, dtype=np.uint8).view(isa.storage)
-    pixels = buffer.reshape(n, *layout.padded, layout.pitch)[..., : layout.channels]
-    pixels[...] = np.array(fill + isa.offset).astype(isa.storage)
-    inside(pixels, layout)[...] = (_nhwc(x.numpy(), layout).astype(np.int16) + isa.offset).astype(isa.storage)
-    return buffer
-
-
-def inside(pixels: np.ndarray, layout: Layout) -> np.ndarray:
-    """(n, padded height, padded width, channels) without the halo."""
-    _, height, width = layout.extents
-    top, _, left, _ = layout.halo
-    return pixels[:, top : top + height, left : left + width]
-
-
-def _nhwc(x: np.ndarray, layout: Layout) -> np.ndarray:
-    n, height, width = layout.extents
-    if layout.channels_last:
-        x = np.moveaxis(x, 1, -1)
-    return x.reshape(n, height, width, layout.channels)
-
-
-def wrong(buffer: np.ndarray, layout: Layout, want: Tensor, fill: int, isa: InstructionSet) -> int:
-    """How many elements of an output differ from `want`, those of the halo from `fill`."""
-    n, _, _ = layout.extents
-    pixels = buffer.reshape(n, *layout.padded, layout.pitch)[..., : layout.channels].astype(np.int16) - isa.offset
-    expected = np.full_like(pixels, fill)
-    inside(expected, layout)[...] = _nhwc(want.contiguous().numpy(), layout)
-    return int(np.count_nonzero(pixels != expected))
 
 
 def call(

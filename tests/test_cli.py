@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from qcompile import device
+from qcompile import device, targets
 from qcompile.cli import app, out
 from qcompile.exported import load_exported
 from qcompile.runtime import load
@@ -167,3 +167,39 @@ def test_a_pt2_file_with_pickled_code_is_not_run(tmp_path: Path, exported: Path)
     result = qcompile("compile", attack, "--calibration", tmp_path / "x.npz", "-o", tmp_path / "net.qcm")
     assert result.exit_code == 1
     assert not marker.exists()
+
+
+def test_tune_remembers_and_compile_uses_it(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.targets.tune.MOST_CANDIDATES", 2)
+    np.savez(tmp_path / "data.npz", images=np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32))
+    given = (exported, "--calibration", tmp_path / "data.npz")
+    result = qcompile("tune", *given, "--database", tmp_path / "tuned.sqlite", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    assert "2 kernels measured" in result.output
+    assert "2 of 2" in result.output
+    result = qcompile("tune", *given, "--database", tmp_path / "tuned.sqlite", "--threads", 1)
+    assert "0 kernels measured" in result.output
+    result = qcompile("compile", *given, "--tuning", tmp_path / "tuned.sqlite", "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 0, result.output
+    assert load(tmp_path / "net.qcm").selftest().passed
+
+
+def test_an_interrupted_tuning_says_where_to_go_on(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qcompile.targets.tune.tune", interrupted)
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 3, 8, 8), np.float32) + 1)
+    result = qcompile("tune", exported, "--calibration", tmp_path / "data.npz", "--database", tmp_path / "tuned.sqlite")
+    assert result.exit_code == 130
+    assert "goes on from there" in result.output
+
+
+def test_databases_merge(tmp_path: Path) -> None:
+    shipped = Path(targets.__file__).parent / "tuned.sqlite"
+    for taken in (True, False):
+        result = qcompile("merge", tmp_path / "all.sqlite", shipped)
+        assert result.exit_code == 0, result.output
+        assert (" 0 entries taken" in result.output) is not taken

@@ -26,25 +26,11 @@ from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
 from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.cpu.tiles import ConvConfig, tiles
 from qcompile.targets.layout import Dim, align
 
 UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body
-
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """What tuning may choose; every value gives the same bits.
-
-    Attributes:
-        rows: output pixels of a register tile.
-        vectors: vectors of output channels of a register tile.
-        channels_outer: a thread keeps one block of weights and walks over the image (else it keeps a
-            row of the image and walks over the weights).
-    """
-
-    rows: int
-    vectors: int
-    channels_outer: bool
 
 
 def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
@@ -61,40 +47,6 @@ def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
     fours = max(b - a for a, b in zip(first, last, strict=True)) // 4
     # A range must end inside the pixel; moved down it still covers its groups.
     return [min(a, shape.x.pitch - 4 * fours) for a in first], fours
-
-
-MOST_ROWS, MOST_VECTORS = 8, 8  # larger tiles gain nothing, and overlap less with the next one
-
-
-def default_config(shape: ConvShape, isa: InstructionSet, dot: DotProduct, steps: int) -> ConvConfig:
-    """The tile that takes the fewest cycles by a simple count; `steps`: taps x groups of four channels.
-
-    A step takes as long as its dot products, its loads or the latency of the accumulators, whichever is
-    the longest; storing takes three instructions for a vector of sums and six for one of bytes, two a cycle.
-    """
-    total = align(shape.y.channels, isa.lanes) // isa.lanes
-    width = shape.y.extents[2]
-    width = width if isinstance(width, int) else 16 * MOST_ROWS
-    spare = 1 + dot.planes  # the prepared activations, and the products
-
-    def tile(rows: int, vectors: int) -> float:
-        step = max(dot.instructions * rows * vectors, dot.planes * vectors + rows, 5)
-        store = rows * (3 * vectors + 6 * len(isa.narrows_for(vectors))) / 2
-        return steps * step + store + 16 if rows else 0.0
-
-    def cycles(config: tuple[int, int]) -> float:
-        rows, vectors = config
-        return total // vectors * (width // rows * tile(rows, vectors) + tile(width % rows, vectors))
-
-    limit = total if shape.groups == 1 else max(1, shape.y.channels // shape.groups // isa.lanes)
-    able = [
-        (rows, vectors)
-        for vectors in range(1, min(MOST_VECTORS, limit) + 1)
-        for rows in range(1, min(MOST_ROWS, max(1, width)) + 1)
-        if total % vectors == 0 and (rows + dot.planes) * vectors + spare <= isa.registers
-    ]
-    weight_bytes = steps * 4 * total * isa.lanes
-    return ConvConfig(*min(able, key=cycles), channels_outer=weight_bytes > isa.l2_bytes // 2)
 
 
 def channel_order(config: ConvConfig, isa: InstructionSet) -> np.ndarray:
@@ -136,6 +88,19 @@ def pack(
     return PackedWeights(dot.pack(grouped), starts, fours)
 
 
+def dot_of(filters: Filters, isa: InstructionSet) -> DotProduct:
+    """The fastest dot product that is exact for these weights."""
+    taps = filters.weight.transpose(0, 2, 3, 1)
+    taps = np.pad(taps, [(0, 0)] * 3 + [(0, -taps.shape[3] % 4)])
+    return isa.dot_for(taps.reshape(*taps.shape[:3], -1, 4))
+
+
+def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[ConvConfig]:
+    """Every tile for these filters, the most promising first."""
+    steps = int(np.prod(shape.kernel)) * channel_ranges(shape, isa.lanes)[1]
+    return tiles(shape.flat(), isa, dot_of(filters, isa), steps)
+
+
 def conv(
     shape: ConvShape,
     filters: Filters,
@@ -145,11 +110,9 @@ def conv(
     config: ConvConfig | None = None,
 ) -> Kernel:
     """The kernel of one convolution."""
-    shape, weight = shape.flat(), filters.weight
-    dot = isa.dot_for(_by_fours(weight))
-    steps_of_sum = int(np.prod(weight.shape[2:])) * channel_ranges(shape, isa.lanes)[1]
-    config = config or default_config(shape, isa, dot, steps_of_sum)
-    packed = pack(weight, shape, config, isa, dot)
+    config = config or configs(shape, filters, isa)[0]
+    shape, dot = shape.flat(), dot_of(filters, isa)
+    packed = pack(filters.weight, shape, config, isa, dot)
 
     def in_lanes(per_channel: np.ndarray) -> np.ndarray:
         blocks, block = packed.data.shape[0], config.vectors * isa.lanes
@@ -168,13 +131,6 @@ def conv(
     name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
     label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
-
-
-def _by_fours(weight: np.ndarray) -> np.ndarray:
-    """(O, C, KH, KW) -> (O, KH, KW, C / 4, 4): the neighbours that a dot product multiplies together."""
-    taps = weight.transpose(0, 2, 3, 1)
-    taps = np.pad(taps, [(0, 0)] * 3 + [(0, -taps.shape[3] % 4)])
-    return taps.reshape(*taps.shape[:3], -1, 4)
 
 
 def _build(
@@ -286,3 +242,6 @@ def _split(lines: Dim, blocks: int, channels_outer: bool, body: Any) -> None:
             body(T.floormod(task, lines), T.floordiv(task, lines))
         else:
             body(T.floordiv(task, blocks), T.floormod(task, blocks))
+
+
+CONV = Generator("conv", configs, conv)

@@ -19,6 +19,7 @@ from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.emit import Kernel, function, load, parallel, widen
 from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.layout import align
 
 
@@ -33,14 +34,15 @@ def is_depthwise(shape: ConvShape) -> bool:
     return shape.groups == shape.x.channels == shape.y.channels and shape.groups > 1
 
 
-def default_config(shape: ConvShape, isa: InstructionSet) -> DepthwiseConfig:
-    """As many accumulators as leave half of the registers to weights and inputs."""
+def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[DepthwiseConfig]:
+    """First as many accumulators as leave half of the registers to weights and inputs."""
     width = shape.y.extents[2]
     most = min(8, isa.registers // 2)
-    if not isinstance(width, int):
-        return DepthwiseConfig(4)
-    tiles = -(-width // most)
-    return DepthwiseConfig(-(-width // tiles))
+    usual = 4
+    if isinstance(width, int):
+        tiles = -(-width // most)
+        usual = -(-width // tiles)
+    return [DepthwiseConfig(pixels) for pixels in sorted(range(1, most + 1), key=lambda n: abs(n - usual))]
 
 
 def depthwise(
@@ -52,7 +54,7 @@ def depthwise(
     config: DepthwiseConfig | None = None,
 ) -> Kernel:
     """The kernel of one depthwise convolution."""
-    config = config or default_config(shape, isa)
+    config = config or configs(shape, filters, isa)[0]
     channels = len(filters.weight)
     padded = align(channels, isa.lanes)
     pad = (0, padded - channels)
@@ -118,3 +120,6 @@ def _build(
                         tile(n, h, width // pixels * pixels + w, c * lanes, 1)
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
+
+
+DEPTHWISE = Generator("depthwise", configs, depthwise)

@@ -26,9 +26,11 @@ from qcompile.targets.base import InstructionSet, TapDot
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
 from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.layout import align
 
 PART = 16  # bytes that zipping and narrowing keep together
+MOST_ROWS, MOST_COLUMNS = 4, 16  # of a tile: code grows with them
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def taps(shape: ConvShape, rows: int) -> Taps:
     return Taps(groups, {key: found for key, found in kernel_rows.items() if found != [None] * len(found)})
 
 
-def default_config(shape: ConvShape, isa: InstructionSet) -> DepthwiseDotConfig:
-    """The rows that take the fewest instructions for an output, of those that fit the registers."""
+def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[DepthwiseDotConfig]:
+    """The tiles that fit the registers, the one of fewest instructions for an output first."""
     _, height, width = shape.y.extents
     open_columns = -(-((shape.kernel[1] - 1) * shape.dilation[1] + 1) // shape.stride[1])
 
@@ -76,10 +78,14 @@ def default_config(shape: ConvShape, isa: InstructionSet) -> DepthwiseDotConfig:
     def fits(rows: int) -> bool:
         return 4 * (rows * open_columns + len(taps(shape, rows).groups) + 1) <= isa.registers
 
-    most = min(4, height) if isinstance(height, int) else 1
-    tiles = -(-width // 8) if isinstance(width, int) else 0
-    rows = min((r for r in range(1, most + 1) if r == 1 or fits(r)), key=cost)
-    return DepthwiseDotConfig(rows, -(-width // tiles) if tiles else 4)
+    most = min(MOST_ROWS, height) if isinstance(height, int) else 1
+    able = [rows for rows in range(1, most + 1) if rows == 1 or fits(rows)]
+    columns = [4, 1, 2, 8]
+    if isinstance(width, int):  # equal parts of a row, about eight pixels first
+        usual = -(-width // 8)
+        parts = sorted(range(-(-width // MOST_COLUMNS), width + 1), key=lambda n: abs(n - usual))
+        columns = list(dict.fromkeys(-(-width // n) for n in parts))
+    return [DepthwiseDotConfig(rows, count) for rows in sorted(able, key=cost) for count in columns]
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def depthwise_dot(
     config: DepthwiseDotConfig | None = None,
 ) -> Kernel:
     """The kernel of one depthwise convolution."""
-    config = config or default_config(shape, isa)
+    config = config or configs(shape, filters, isa)[0]
     height = shape.y.extents[1]
     tail = height % config.rows if isinstance(height, int) else 0
     constants = {
@@ -258,3 +264,6 @@ def _build(
                 line(n, height - rest, rest)
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
+
+
+DEPTHWISE_DOT = Generator("depthwise_dot", configs, depthwise_dot)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from direct import call, stored, wrong
+from direct import call
 from execution import X86, skip_unless_runnable
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -19,12 +19,14 @@ from torch import Tensor
 from qcompile.ops.conv import CONV2D
 from qcompile.ops.row import random_int8
 from qcompile.targets import get
-from qcompile.targets.cpu.conv import ConvConfig, conv
+from qcompile.targets.cpu.conv import conv
 from qcompile.targets.cpu.depthwise import DepthwiseConfig, depthwise
 from qcompile.targets.cpu.depthwise_dot import DepthwiseDotConfig, depthwise_dot
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.cpu.tiles import ConvConfig
 from qcompile.targets.layout import NO_HALO, Layout, align
+from qcompile.targets.stored import stored, wrong
 
 bounded = settings(
     max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -140,10 +142,10 @@ def mismatching(geometry: Geometry, target: str, config: Any) -> int:
     generate: Any = {DepthwiseConfig: depthwise, DepthwiseDotConfig: depthwise_dot}.get(type(config), conv)
     filters = Filters(weight.numpy(), bias.numpy(), m.numpy(), x_zp)
     kernel = generate(shape_of, filters, requantize, isa, config=config)
-    inputs = [stored(x, x_layout, x_zp, isa, rng)]
+    inputs = [stored(x.numpy(), x_layout, x_zp, isa, rng)]
     if residual is not None and other is not None:
-        inputs.append(stored(residual, other, 0, isa, rng))
-    return wrong(call(kernel, where, inputs, y_layout.size, rng), y_layout, want, zp, isa)
+        inputs.append(stored(residual.numpy(), other, 0, isa, rng))
+    return wrong(call(kernel, where, inputs, y_layout.size, rng), y_layout, want.contiguous().numpy(), zp, isa)
 
 
 def _layout(x: Tensor, halo: tuple[int, ...], slack: int) -> Layout:

@@ -1,0 +1,62 @@
+"""What the command line reads: a model that torch.export.save wrote, and arrays that numpy.savez wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompile.errors import CalibrationError, QcompileError
+
+
+def read_model(model: Path, calibration: Path, batch: int | None) -> tuple[Any, list[tuple[Any, ...]]]:
+    """The exported program, and its calibration batches."""
+    from qcompile.exported import example_batch, load_exported
+
+    program = load_exported(model)
+    samples = read_arrays(calibration, CalibrationError)
+    names = list(program.graph_signature.user_inputs)
+    return program, _batches(samples, batch or example_batch(program), names, calibration)
+
+
+def read_arrays(path: Path, kind: type[QcompileError]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; raises `kind`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds one bare array")
+            arrays = {name: file[name] for name in file.files}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("it holds something other than arrays")
+            return arrays
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise kind(
+            f"the arrays cannot be read: {error}", where=str(path), remedy="give a file that numpy.savez wrote"
+        ) from error
+
+
+def _batches(samples: dict[str, np.ndarray], size: int, names: Sequence[str], path: Path) -> list[tuple[Any, ...]]:
+    """Slices of `size` samples of each array, as torch tensors in the order of the inputs `names`.
+
+    Arrays of other names are taken in the order of the file.
+    """
+    import torch
+
+    counts = {name: len(array) if array.ndim else 0 for name, array in samples.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise CalibrationError(
+            f"the arrays have different numbers of samples ({listed})",
+            where=str(path),
+            remedy="stack the samples of each input along the first axis",
+        )
+    total = next(iter(counts.values()), 0)
+    tensors = [torch.from_numpy(array) for array in in_order(samples, names)]
+    return [tuple(t[start : start + size] for t in tensors) for start in range(0, total, size)]
+
+
+def in_order(arrays: dict[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+    """By name where all names are the model's, else as they come."""
+    return [arrays[name] for name in names] if set(names) == set(arrays) else list(arrays.values())

@@ -1,0 +1,42 @@
+"""Tuning: which measured configs compile() uses, and whether it measures those that are missing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcompile.errors import ConfigError
+
+_DEVICE = re.compile(r"(?P<key>[^@\s]+)@(?P<host>[^@:\s]+):(?P<port>\d+)")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is known, or to be found out, about the fastest config of each kernel. No bit depends on it.
+
+    Attributes:
+        database: a file that tuning wrote, or a path where there is none yet. Several processes may use one
+            file at once, and a process that is killed leaves it whole.
+        measure: measure the kernels that the database does not know, and remember the best of each.
+        device: where to measure, "KEY@HOST:PORT" of a TVM RPC tracker; default: on this machine.
+
+    Raises:
+        ConfigError: `device` is not of that form.
+    """
+
+    database: str | Path
+    measure: bool = True
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device is not None and not _DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"device is {self.device!r}", remedy='give "KEY@HOST:PORT", for example "pi5@127.0.0.1:9190"'
+            )
+
+    @property
+    def address(self) -> tuple[str, int, str] | None:
+        """(host, port, key) of `device`."""
+        found = _DEVICE.fullmatch(self.device or "")
+        return (found["host"], int(found["port"]), found["key"]) if found else None

@@ -1,0 +1,26 @@
+"""What the generators of convolution kernels have in common: a choice of configs, all with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.targets.base import InstructionSet
+from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.cpu.filters import ConvShape, Filters
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Makes the kernels of one kind of convolution.
+
+    Attributes:
+        name: in the tuning database.
+        configs: (shape, filters, isa) -> every config it may be given, the most promising first.
+        kernel: (shape, filters, numbers, isa, symbols, config) -> the kernel; without a config, the first.
+    """
+
+    name: str
+    configs: Callable[[ConvShape, Filters, InstructionSet], list[Any]]
+    kernel: Callable[..., Kernel]

@@ -1,0 +1,250 @@
+"""Tuning: the best config of every convolution and linear layer of a network, found by measuring.
+
+The analytic default is one candidate of a few dozen, all that fit the registers. Each is built, must give
+the bits of the reference, and then races the others on the target. So few candidates need no cleverer search
+than to measure all of them briefly and the fastest again.
+
+A candidate runs as it would in the network: called by the same virtual machine, with other weights at every
+call (copies that together exceed the second-level cache), its input as a former layer has left it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.numpy import save_file
+from tvm.support.popen_pool import PopenPoolExecutor
+
+from qcompile.device import cores, lacks, processor
+from qcompile.errors import BuildError, ConfigError, DeviceError
+from qcompile.ir import Program, source, where
+from qcompile.targets.base import Target
+from qcompile.targets.build import linker
+from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.cpu.emitters import EMITTERS
+from qcompile.targets.database import SHIPPED, Database, Entry, features_of, toolchain
+from qcompile.targets.lower import lower
+from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, race
+from qcompile.targets.trial import Trial
+from qcompile.targets.workload import Chosen, Workload
+from qcompile.tuning import Tuning
+
+NEEDED = ("cloudpickle", "psutil")  # by TVM's pool of processes
+MOST_CANDIDATES = 24
+TIMEOUT = 120.0  # seconds, for building, checking or racing
+WORTH = 1.02  # times as fast as the default a config must be to take its place: less is noise
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning made of one kernel.
+
+    Attributes:
+        operator, shape: `Workload.key`.
+        kernel, default: the names of the best kernel and of the default one, which may be the same.
+        gain: how many times as fast as the default it is.
+        seconds: of a call.
+        candidates: how many were tried.
+        failed: why the others took no part: kernel -> reason.
+    """
+
+    operator: str
+    shape: str
+    kernel: str
+    default: str
+    gain: float
+    seconds: float
+    candidates: int
+    failed: dict[str, str]
+
+
+def best_known(
+    program: Program, target: Target, tuning: Tuning | str | Path | None, threads: int | None, progress: Progress | None
+) -> Chosen:
+    """The configs to compile `program` with: what ships, overridden by what `tuning` knows or measures now.
+
+    Raises:
+        ConfigError: there is no such database, or it is none. And what `tune` raises.
+    """
+    used = threads or cores()
+    shipped = Database(SHIPPED).chosen(target, used)
+    if tuning is None:
+        return shipped
+    tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
+    if tuning.measure:
+        tune(program, target, tuning, threads, progress)
+    return {**shipped, **Database(tuning.database).chosen(target, used, missing_ok=tuning.measure)}
+
+
+def tune(
+    program: Program,
+    target: Target,
+    tuning: Tuning,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    report: Callable[[Tuned], None] | None = None,
+) -> None:
+    """Measure the candidates of every kernel of `program` that the database does not know, and remember the best.
+
+    Each kernel is remembered as soon as it is measured: whatever ends this early, what was found is kept.
+
+    Args:
+        program: an integer program.
+        tuning: the database, and where to measure.
+        threads: of a call; default: all cores.
+        progress: called with ("tuning", kernels done, kernels in all).
+        report: called with what became of each kernel.
+
+    Raises:
+        ConfigError: a package that tuning needs is not installed, or the file is no tuning database.
+        DeviceError: this machine cannot run code for `target`, and no device was given; or no tracker answers.
+        BuildError: a layer cannot be lowered, or measured; or there is no linker.
+    """
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"tuning needs {' and '.join(missing)}", remedy="pip install 'qcompile[tune]'")
+    remote = Remote(*tuning.address) if tuning.address else None
+    here = lacks(target.machine, target.features)
+    if remote is None and here:
+        raise DeviceError(
+            f"code for {target.name} cannot be measured here: this machine {here}",
+            remedy='measure on a device: tuning=Tuning(..., device="KEY@HOST:PORT") of a TVM RPC tracker',
+        )
+    if remote is not None:
+        _reach(remote)
+    database, threads = Database(tuning.database), threads or cores()
+    known = database.chosen(target, threads, exactly=True)
+    unknown = [workload for workload in lower(program, target, EMITTERS).workloads if workload.key not in known]
+    with Tuner(program, target, threads, remote) as tuner:
+        for done, workload in enumerate(unknown):
+            if progress is not None:
+                progress("tuning", done, len(unknown))
+            tuned = tuner.best(workload, database)
+            if report is not None:
+                report(tuned)
+    if progress is not None:
+        progress("tuning", len(unknown), len(unknown))
+
+
+def _reach(remote: Remote) -> None:
+    """Raises DeviceError where nothing listens; TVM's client would go on trying for a minute, each time."""
+    try:
+        socket.create_connection((remote.host, remote.port), timeout=10).close()
+    except OSError as error:
+        raise DeviceError(
+            f"no RPC tracker answers: {error}",
+            where=f"{remote.host}:{remote.port}",
+            remedy="start it (python -m tvm.exec.rpc_tracker), and the device's server (python -m tvm.exec.rpc_server)",
+        ) from error
+
+
+class Tuner:
+    """Measures the kernels of one program; holds the processes that do so."""
+
+    def __init__(self, program: Program, target: Target, threads: int, remote: Remote | None) -> None:
+        self._program, self._target, self._threads, self._remote = program, target, threads, remote
+        self._linker = linker(target)
+        # Its processes build together; measuring is one task at a time, while the others sleep.
+        self._pool = PopenPoolExecutor(cores(), TIMEOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False)
+
+    def best(self, workload: Workload, database: Database) -> Tuned:
+        """Race the candidates of `workload`, and remember the winner.
+
+        Raises:
+            BuildError: not even the default works.
+        """
+        configs = workload.configs()[:MOST_CANDIDATES]
+        kernels = [workload.kernel(config) for config in configs]
+        trial = Trial(self._program, workload)
+        failed: dict[int, str] = {}
+        with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+            candidates = self._built(trial, kernels, Path(folder), failed)
+            for i, candidate in candidates.items():
+                self._check(trial, i, candidate, failed)
+            racing = [i for i in candidates if i not in failed]
+            if 0 in failed:
+                raise self._unusable(workload, kernels[0], failed[0])
+            try:
+                shown = self._pool.submit(
+                    race, [candidates[i] for i in racing], trial.inputs[0], self._threads, trial.calls, self._remote
+                ).result()
+            except Exception as error:
+                raise self._unusable(workload, kernels[0], _reason(error)) from error
+        fastest = max(shown, key=lambda place: shown[place][1])
+        place = fastest if shown[fastest][1] >= WORTH else 0
+        (seconds, gain), winner = shown[place], racing[place]
+        operator, shape = workload.key
+        database.add(
+            Entry(
+                operator,
+                shape,
+                features_of(self._target),
+                toolchain(),
+                self._threads,
+                json.dumps(asdict(configs[winner])),
+                gain,
+                seconds * 1e6,
+                processor() if self._remote is None else str(self._remote),
+            )
+        )
+        reasons = {kernels[i].name: reason for i, reason in failed.items()}
+        return Tuned(operator, shape, kernels[winner].name, kernels[0].name, gain, seconds, len(configs), reasons)
+
+    def _built(
+        self, trial: Trial, kernels: Sequence[Kernel], folder: Path, failed: dict[int, str]
+    ) -> dict[int, Candidate]:
+        """The candidates, built on all cores at once."""
+        pending: dict[int, tuple[Candidate, Future[None]]] = {}
+        for i, kernel in enumerate(kernels):
+            candidate = Candidate(folder / f"{i}.so", folder / f"{i}.safetensors", tuple(kernel.pools()))
+            save_file(trial.constants(kernel), candidate.constants)
+            module = trial.module(kernel)
+            build = self._pool.submit(build_candidate, module, self._target.tvm, self._linker, candidate.library)
+            pending[i] = candidate, build
+        for i, (_, build) in pending.items():
+            try:
+                build.result()
+            except Exception as error:  # noqa: BLE001  # whatever TVM and LLVM raise, and the end of a process
+                failed[i] = _reason(error)
+        return {i: candidate for i, (candidate, _) in pending.items() if i not in failed}
+
+    def _check(self, trial: Trial, i: int, candidate: Candidate, failed: dict[int, str]) -> None:
+        """Hold a candidate to the bits of the reference."""
+        try:
+            given = self._pool.submit(answers, candidate, trial.inputs, self._threads, self._remote).result()
+        except Exception as error:  # noqa: BLE001
+            failed[i] = _reason(error)
+            return
+        if not trial.exact(given):
+            failed[i] = "other bits than the reference"
+
+    def _unusable(self, workload: Workload, kernel: Kernel, reason: str) -> BuildError:
+        return BuildError(
+            f"{kernel.name}, the default kernel, could not be measured for {self._target.name}: {reason}",
+            where=where(workload.node) or workload.node.name,
+            source=source(workload.node),
+            remedy="check that the device can be reached and is free; compile without tuning meanwhile",
+        )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "it took too long"
+    if isinstance(error, ChildProcessError):
+        return "its process crashed"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"

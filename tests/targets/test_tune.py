@@ -1,0 +1,226 @@
+"""Tuning: measured on this machine, held to the reference, remembered, and no bit changed by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from execution import skip_unless_runnable
+from passing import randomize
+from torch import Tensor, nn
+from tvm.tirx.script import builder as T
+
+import qcompile
+from qcompile.errors import ConfigError, DeviceError
+from qcompile.quantizer import quantize
+from qcompile.targets import get, tune
+from qcompile.targets.cpu import emitters
+from qcompile.targets.cpu.conv import CONV
+from qcompile.targets.cpu.emit import Kernel, function
+from qcompile.targets.cpu.emitters import EMITTERS
+from qcompile.targets.database import SHIPPED, Database
+from qcompile.targets.lower import lower
+from qcompile.targets.tune import Tuned
+from qcompile.tuning import Tuning
+
+NATIVE = get("native").name
+
+
+class Small(nn.Module):
+    """A first layer, a depthwise one, a residual sum in the epilogue, a padded output, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 24, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.pointwise = nn.Conv2d(24, 24, 1)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = (self.pointwise(self.depthwise(x).relu()) + x).relu()
+        head: Tensor = self.head(x.mean((2, 3)))
+        return head
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomize(Small().eval())
+
+
+def images(batch: int = 1) -> list[Tensor]:
+    return [torch.randn(batch, 3, 18, 18) for _ in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_runnable(NATIVE)
+    monkeypatch.setattr(tune, "MOST_CANDIDATES", 4)
+
+
+def run(model: nn.Module, path: Path, **options: Any) -> list[Tuned]:
+    program = quantize(model, calibration=images(), **options).program
+    found: list[Tuned] = []
+    tune.tune(program, get("native"), Tuning(path), threads=1, report=found.append)
+    return found
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[Any]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def tuned_file(model: nn.Module, steps: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tuning found for `model`."""
+    path = tmp_path_factory.mktemp("tuned") / "tuned.sqlite"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "MOST_CANDIDATES", 4)
+        qcompile.compile(model, calibration=images(), tuning=path, threads=1, progress=lambda *step: steps.append(step))
+    return path
+
+
+@pytest.fixture
+def path(tuned_file: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copy(tuned_file, tmp_path))
+
+
+def test_every_kernel_is_measured_once_and_no_bit_changes(model: nn.Module, path: Path, steps: list[Any]) -> None:
+    data = images()
+    compiled = qcompile.compile(model, calibration=data, tuning=path, threads=1)  # all known
+    assert [step for step in steps if step[0] == "tuning"] == [("tuning", done, 4) for done in range(5)]
+    entries = Database(path).entries()
+    assert sorted(entry.operator for entry in entries) == ["conv", "conv", "conv", "depthwise_dot"]
+    assert all(entry.gain >= 1 and entry.microseconds > 0 for entry in entries)
+    for x in (*data, 5 * torch.randn(1, 3, 18, 18)):
+        assert torch.equal(compiled(x), compiled.reference(x))
+    assert run(model, path) == []
+
+
+def test_compiling_uses_what_was_found(model: nn.Module, path: Path) -> None:
+    """The ledger names other kernels after every entry was given the last config instead of the first."""
+    database = Database(path)
+    program = quantize(model, calibration=images()).program
+    workloads = {workload.key: workload for workload in lower(program, get("native"), EMITTERS).workloads}
+    for entry in database.entries():
+        last = workloads[entry.operator, entry.shape].configs()[-1]
+        database.add(replace(entry, config=json.dumps(asdict(last))))
+    known = Tuning(path, measure=False)
+    plain, tuned = (qcompile.compile(model, calibration=images(), tuning=t, threads=1) for t in (None, known))
+    kernels = [{row.where: row.kernel for row in c.coverage if row.kind == "integer"} for c in (plain, tuned)]
+    changed = {name for name in kernels[0] if kernels[0][name] != kernels[1][name]}
+    assert {"first", "depthwise", "pointwise"} <= changed
+    x = torch.randn(1, 3, 18, 18)
+    assert torch.equal(tuned(x), tuned.reference(x))
+    profiled = {row.kernel.rstrip("0123456789").rstrip("_") for row in tuned.profile(x, seconds=0.01).rows}
+    assert any(kernels[1]["pointwise"].startswith(kernel) for kernel in profiled if kernel.startswith("gemm"))
+
+
+def test_a_dynamic_batch_is_tuned_at_the_size_of_the_example(tmp_path: Path) -> None:
+    model, path = randomize(nn.Conv2d(3, 24, 3, padding=1).eval()), tmp_path / "tuned.sqlite"
+    batch = {0: torch.export.Dim("batch", min=1, max=8)}
+    compiled = qcompile.compile(model, calibration=images(3), dynamic_shapes=(batch,), tuning=path, threads=1)
+    (entry,) = Database(path).entries()
+    assert entry.shape.startswith("d0x18x18x3")
+    for size in (1, 2, 8):
+        x = torch.randn(size, 3, 18, 18)
+        assert torch.equal(compiled(x), compiled.reference(x))
+
+
+def _broken(kind: str) -> Any:
+    """The generator of convolutions with two more configs in front of its last ones: both fast, both wrong."""
+
+    def configs(shape: Any, filters: Any, isa: Any) -> list[Any]:
+        good = CONV.configs(shape, filters, isa)
+        return [good[0], replace(good[0], rows=good[0].rows + 100), *good[1:3]]
+
+    def kernel(shape: Any, filters: Any, numbers: Any, isa: Any, symbols: Any, config: Any) -> Kernel:
+        if config is None or config.rows < 100:
+            return CONV.kernel(shape, filters, numbers, isa, symbols, config)
+        if kind == "bits":
+            wrong = replace(filters, bias=filters.bias + 1000)
+            return replace(CONV.kernel(shape, wrong, numbers, isa, symbols, None), name="wrong")
+        with function("crash") as (args, done):
+            x = args.buffer("x", shape.flat().x.size, isa.storage)
+            if shape.residual is not None:
+                args.buffer("residual", shape.residual.size, isa.storage)
+            y = args.buffer("y", shape.flat().y.size, isa.storage)
+            T.buffer_store(y, x[T.int64(1 << 40)], [0])
+        return Kernel("wrong", done.result)
+
+    return replace(CONV, configs=configs, kernel=kernel)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("bits", "other bits"), ("crash", "crashed")])
+def test_a_wrong_candidate_is_left_out_however_fast(
+    kind: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emitters, "CONV", _broken(kind))
+    (tuned,) = run(randomize(nn.Conv2d(3, 24, 3, stride=2, padding=1).eval()), tmp_path / "tuned.sqlite")
+    assert list(tuned.failed) == ["wrong"]
+    assert reason in tuned.failed["wrong"]
+    (entry,) = Database(tmp_path / "tuned.sqlite").entries()
+    assert json.loads(entry.config)["rows"] < 100
+
+
+def test_what_was_found_before_an_interruption_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: nn.Module
+) -> None:
+    path = tmp_path / "tuned.sqlite"
+    monkeypatch.setattr(tune, "MOST_CANDIDATES", 1)
+
+    def interrupt(step: str, done: int, total: int | None) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    program = quantize(model, calibration=images()).program
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(program, get("native"), Tuning(path), threads=1, progress=interrupt)
+    assert len(Database(path).entries()) == 3
+    assert len(run(model, path)) == 1
+
+
+def test_an_entry_that_fits_no_kernel_counts_as_unknown(model: nn.Module, path: Path) -> None:
+    database = Database(path)
+    for entry in database.entries():
+        database.add(replace(entry, config='{"rows": 1000, "evil": true}'))
+    compiled = qcompile.compile(model, calibration=images(), tuning=Tuning(path, measure=False), threads=1)
+    x = torch.randn(1, 3, 18, 18)
+    assert torch.equal(compiled(x), compiled.reference(x))
+
+
+def test_a_target_of_another_machine_needs_a_device(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"cannot be measured here(.|\n)*KEY@HOST:PORT"):
+        qcompile.compile(model, "arm64-neon", calibration=images(), tuning=tmp_path / "tuned.sqlite")
+    assert not (tmp_path / "tuned.sqlite").exists()
+
+
+def test_a_tracker_that_does_not_answer_is_an_error(model: nn.Module, tmp_path: Path) -> None:
+    tuning = Tuning(tmp_path / "tuned.sqlite", device="pi@127.0.0.1:9")
+    with pytest.raises(DeviceError, match=r"no RPC tracker answers(.|\n)*127.0.0.1:9"):
+        qcompile.compile(model, calibration=images(), tuning=tuning)
+
+
+def test_an_address_without_a_port_is_refused() -> None:
+    with pytest.raises(ConfigError, match="KEY@HOST:PORT"):
+        Tuning("tuned.sqlite", device="pi@localhost")
+
+
+def test_a_database_that_is_only_read_must_be_there(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such tuning database"):
+        qcompile.compile(model, calibration=images(), tuning=Tuning(tmp_path / "absent", measure=False))
+
+
+def test_the_shipped_database_is_of_this_version_and_sound() -> None:
+    entries = Database(SHIPPED).entries()
+    target = get("x86-avx512-vnni")
+    assert entries
+    assert len(Database(SHIPPED).chosen(target, 2)) == len({(e.operator, e.shape) for e in entries})
+    assert all(np.isfinite(entry.gain) and entry.gain >= 1 for entry in entries)
