@@ -86,7 +86,7 @@ class InstructionSet:
         dots: ways to take dot products, best first; the first exact one for the weights is used.
         narrows: ways to store several vectors at once, largest first; what is left is stored one by one.
         tap_dots: exact dot products at each width, widest first; empty where it has none.
-        l2_bytes: second-level cache of one core, for choosing the loop order.
+        l1_bytes, l2_bytes: caches of one core, for choosing tiles and the loop order.
     """
 
     storage: Storage
@@ -95,6 +95,7 @@ class InstructionSet:
     dots: tuple[DotProduct, ...]
     narrows: tuple[Narrow, ...] = ()
     tap_dots: tuple[TapDot, ...] = ()
+    l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
 
     @property

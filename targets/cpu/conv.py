@@ -211,10 +211,19 @@ def _build(
                     store(y, shape.y.offset(n, h, w + i, channel), value, size)
 
         if one_line:
-            _split(full, blocks, config.channels_outer, lambda t, b: tile(0, 0, t * rows, b, rows))
-            if rest:
-                _split(1, blocks, True, lambda t, b: tile(0, 0, full * rows, b, rest))
-            elif rest is None:
+            if rest:  # in the same loop: another would cost another launch
+
+                def part(t: Any, b: Any) -> None:
+                    with T.If(t < full):
+                        with T.Then():
+                            tile(0, 0, t * rows, b, rows)
+                        with T.Else():
+                            tile(0, 0, full * rows, b, rest)
+
+                _split(full + 1, blocks, config.channels_outer, part)
+            else:
+                _split(full, blocks, config.channels_outer, lambda t, b: tile(0, 0, t * rows, b, rows))
+            if rest is None:
                 _split(width - full * rows, blocks, True, lambda t, b: tile(0, 0, full * rows + t, b, 1))
         else:
 

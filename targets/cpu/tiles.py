@@ -9,6 +9,8 @@ from qcompile.targets.cpu.filters import ConvShape
 from qcompile.targets.layout import align
 
 MOST_ROWS, MOST_VECTORS = 8, 8  # larger tiles gain nothing, and overlap less with the next one
+HIDDEN = 24  # cycles of storing that out-of-order execution hides
+L2_BYTES_A_CYCLE = 24  # as streams of weights reach it, of 32 at best
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,25 @@ class ConvConfig:
 def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct, steps: int) -> list[ConvConfig]:
     """Every tile that fits the registers, the one of fewest cycles by a simple count first.
 
-    `steps`: taps x groups of four channels. A step takes as long as its dot products, its loads or the
-    latency of the accumulators, whichever is the longest; storing takes three instructions for a vector of
-    sums and six for one of bytes, two a cycle.
+    `steps`: taps x groups of four channels. A step takes as long as its dot products, its loads, the latency
+    of the accumulators, or its weights from the second-level cache, whichever is the longest. Storing takes
+    three instructions for a vector of sums and six for one of bytes, two a cycle; what a small tile stores is
+    hidden behind the next one's first steps.
     """
     total = align(shape.y.channels, isa.lanes) // isa.lanes
     width = shape.y.extents[2]
     width = width if isinstance(width, int) else 16 * MOST_ROWS
     spare = 1 + dot.planes  # the prepared activations, and the products
+    width_of_vector = 4 * isa.lanes  # bytes
+    outer = steps * total * width_of_vector > isa.l2_bytes // 2  # the weights alone fill half of the cache
 
     def tile(rows: int, vectors: int) -> float:
-        step = max(dot.instructions * rows * vectors, dot.planes * vectors + rows, 5)
+        weights = dot.planes * vectors  # loaded in a step
+        reused = weights if outer else dot.planes * total  # before the loop comes back to them
+        far = weights * width_of_vector / L2_BYTES_A_CYCLE if steps * reused * width_of_vector > isa.l1_bytes else 0.0
+        step = max(dot.instructions * rows * vectors, weights + rows, 5, far)
         store = rows * (3 * vectors + 6 * len(isa.narrows_for(vectors))) / 2
-        return steps * step + store + 16 if rows else 0.0
+        return steps * step + max(0.0, store - HIDDEN) if rows else 0.0
 
     def cycles(config: tuple[int, int]) -> float:
         rows, vectors = config
@@ -55,5 +63,5 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct, steps: int) ->
         for rows in range(1, min(MOST_ROWS, max(1, width)) + 1)
         if total % vectors == 0 and (rows + dot.planes) * vectors + spare <= isa.registers
     ]
-    outer = steps * 4 * total * isa.lanes > isa.l2_bytes // 2  # the weights alone fill half of the cache
-    return [ConvConfig(*tile, order) for tile in sorted(able, key=cycles) for order in (outer, not outer)]
+    ranked = sorted(able, key=lambda tile: (cycles(tile), -tile[1]))  # of equals, the one of fewer blocks
+    return [ConvConfig(*tile, order) for tile in ranked for order in (outer, not outer)]
