@@ -1,4 +1,4 @@
-"""Run an artifact: no PyTorch, no compiler. NumPy, tvm_ffi and a 3 MB library are all it loads.
+"""Run an artifact: no PyTorch, no compiler. NumPy and two libraries of TVM, 3 MB each, are all it loads.
 
 model = qcompile.load("model.qcm")
 y = model(x)                       # NumPy in, NumPy out; torch tensors in, torch tensors out
@@ -79,7 +79,7 @@ class Model:
         self.artifact, self._threads = artifact, threads
         self._variant = best_variant(artifact)
         if threads is not None:  # else the first call makes the pool: a process may fork before it
-            OWNER.run(lambda: set_threads(threads))
+            OWNER.run(set_threads, threads)
         self._run = Executable(self._variant.library, self._variant.constants.values())
         self._check = InputChecker(artifact.inputs)
         self._lock = threading.Lock()
@@ -129,7 +129,7 @@ class Model:
         """Run the model: flat NumPy inputs to flat NumPy outputs. Raises InputError as a call does."""
         arrays = self._check(inputs)
         with self._lock:
-            return OWNER.run(lambda: self._call(arrays))
+            return OWNER.run(self._call, arrays)
 
     def _call(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         set_threads(self._threads)
