@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from qcompile import ffi
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
@@ -25,8 +26,7 @@ from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
 from qcompile.executable import OWNER, Executable, set_threads
 
 
-@dataclass(frozen=True)
-class Selftest:
+class Selftest(NamedTuple):
     """What replaying the golden vectors gave.
 
     Attributes:
@@ -44,8 +44,7 @@ class Selftest:
         return self.cases > 0 and self.wrong == 0
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """How long a call takes, in seconds: `calls` of them, after a warm-up."""
 
     calls: int
@@ -173,7 +172,18 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
         ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
         DeviceError: built for a processor that this one is not.
     """
-    return Model(Artifact.load(path), threads=threads)
+    ahead = threading.Thread(target=_load_libraries)  # while the file is hashed
+    ahead.start()
+    try:
+        artifact = Artifact.load(path)
+    finally:
+        ahead.join()
+    return Model(artifact, threads=threads)
+
+
+def _load_libraries() -> None:
+    with suppress(DeviceError):  # the model meets it again, and raises it
+        ffi.load()
 
 
 def best_variant(artifact: Artifact) -> Variant:

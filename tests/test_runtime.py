@@ -122,7 +122,7 @@ def test_inputs_that_do_not_fit_are_refused(model: Model, inputs: tuple[Any, ...
 
 
 def test_equal_symbols_are_equal_sizes(artifact: Artifact) -> None:
-    two = dataclasses.replace(artifact, inputs=(*artifact.inputs, dataclasses.replace(artifact.inputs[0], name="x2")))
+    two = dataclasses.replace(artifact, inputs=(*artifact.inputs, artifact.inputs[0]._replace(name="x2")))
     with pytest.raises(InputError, match="batch is 3 here and 2 in input 'x'"):
         Model(two)(tiny.random_input(2), tiny.random_input(3))
 
@@ -132,7 +132,7 @@ def test_the_selftest_passes_and_notices_one_wrong_bit(artifact: Artifact, model
     golden = artifact.golden[0]
     wrong = golden.outputs[0].copy()
     wrong[1, 2] ^= 1
-    changed = dataclasses.replace(artifact, golden=(dataclasses.replace(golden, outputs=(wrong, *golden.outputs[1:])),))
+    changed = dataclasses.replace(artifact, golden=(golden._replace(outputs=(wrong, *golden.outputs[1:])),))
     assert Model(changed).selftest().wrong == 1
     assert not Model(changed).selftest().passed
 
