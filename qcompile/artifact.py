@@ -77,7 +77,7 @@ class PassRow(NamedTuple):
     nodes_after: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare
 class Variant:
     """The machine code for one target.
 
@@ -105,7 +105,7 @@ class Golden(NamedTuple):
     outputs: tuple[np.ndarray, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare
 class Artifact:
     """A compiled model.
 
