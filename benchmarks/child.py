@@ -26,6 +26,7 @@ class Child:
     def __init__(self, python: Path, module: str, *arguments: str, threads: int | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a file cannot fill up, as a pipe would)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or sources would be compiled anew, but installed engines not
         if threads:
             environment |= {"OMP_NUM_THREADS": str(threads), "TVM_NUM_THREADS": str(threads)}
         try:

@@ -12,9 +12,9 @@ See `qcompile.container` for the file, its checks and what they do and do not pr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ Dimension = int | tuple[str, int, int]
 """A number, or (symbol, smallest, largest)."""
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One input or output of the model.
 
     Attributes:
@@ -49,8 +48,7 @@ class TensorSpec:
         return f"{self.dtype} ({', '.join(sizes)})"
 
 
-@dataclass(frozen=True)
-class CoverageRow:
+class CoverageRow(NamedTuple):
     """What became of one operator of the model.
 
     Attributes:
@@ -70,8 +68,7 @@ class CoverageRow:
     where: str = ""
 
 
-@dataclass(frozen=True)
-class PassRow:
+class PassRow(NamedTuple):
     """What one pass of the compiler did to the graph."""
 
     name: str
@@ -80,7 +77,7 @@ class PassRow:
     nodes_after: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare
 class Variant:
     """The machine code for one target.
 
@@ -101,15 +98,14 @@ class Variant:
     constants: Mapping[str, np.ndarray] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Golden:
+class Golden(NamedTuple):
     """One case of the self-test: flat inputs, and the flat outputs that they must give."""
 
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare
 class Artifact:
     """A compiled model.
 
@@ -189,8 +185,8 @@ class Artifact:
     def _manifest(self) -> dict[str, Any]:
         return {
             "format": container.FORMAT,
-            "inputs": [asdict(spec) for spec in self.inputs],
-            "outputs": [asdict(spec) for spec in self.outputs],
+            "inputs": [spec._asdict() for spec in self.inputs],
+            "outputs": [spec._asdict() for spec in self.outputs],
             "output_structure": self.output_structure,
             "targets": [
                 {"name": v.name, "machine": v.machine, "features": list(v.features), "rank": v.rank}
@@ -199,8 +195,8 @@ class Artifact:
             "toolchain": dict(self.toolchain),
             "exact": self.exact,
             "tolerance": self.tolerance,
-            "ledger": [asdict(row) for row in self.coverage],
-            "passes": [asdict(row) for row in self.passes],
+            "ledger": [row._asdict() for row in self.coverage],
+            "passes": [row._asdict() for row in self.passes],
         }
 
     def _members(self) -> dict[str, container.Buffer]:

@@ -20,13 +20,14 @@ import json
 import mmap
 import os
 import struct
-import tempfile
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from zipfile import ZipFile
 
 FORMAT = 1
 ALIGNMENT = 64
@@ -34,8 +35,10 @@ MANIFEST = "manifest.json"
 _COMMENT = b"qcompile-qcm %04d sha256 %s"
 _DIGEST_BYTES = 64
 _COMMENT_BYTES = len(_COMMENT % (FORMAT, b"0" * _DIGEST_BYTES))
-_LOCAL_HEADER = 30  # bytes before the name in a zip's local file header
-_BROKEN = (zipfile.BadZipFile, struct.error, ValueError, KeyError, EOFError, OverflowError, NotImplementedError)
+_LOCAL_HEADER = struct.Struct(
+    "<4s14xIIHH"
+)  # a zip's, up to the name: signature, sizes, lengths of name and extra field
+_BROKEN = (struct.error, ValueError, KeyError, TypeError, RecursionError)
 _COPY_AGAIN = "copy or download the file again, or save it again"
 
 Buffer = bytes | memoryview
@@ -48,11 +51,13 @@ def _digest(parts: Iterable[Buffer]) -> str:
     return total.hexdigest()
 
 
-def _put(archive: zipfile.ZipFile, name: str, data: Buffer) -> tuple[int, int]:
+def _put(archive: ZipFile, name: str, data: Buffer) -> tuple[int, int]:
     """Add a member at an aligned offset; returns (begin, end) of its bytes."""
-    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # equal artifacts are equal files
+    from zipfile import ZipInfo
+
+    info = ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))  # equal artifacts are equal files
     info.external_attr = 0o644 << 16
-    header = archive.start_dir + _LOCAL_HEADER + len(name.encode())
+    header = archive.start_dir + _LOCAL_HEADER.size + len(name.encode())
     padding = -(header + 4) % ALIGNMENT  # an extra field is (id, size) and its bytes
     info.extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)
     archive.writestr(info, data)
@@ -62,10 +67,12 @@ def _put(archive: zipfile.ZipFile, name: str, data: Buffer) -> tuple[int, int]:
 
 def encode(manifest: Mapping[str, Any], members: Mapping[str, Buffer]) -> memoryview:
     """The bytes of a container. `manifest` gains "members": the size and SHA-256 of each."""
+    from zipfile import ZIP_STORED, ZipFile  # a device only reads, and this imports every compression there is
+
     table = {name: {"bytes": len(data), "sha256": _digest([data])} for name, data in members.items()}
     text = json.dumps({**manifest, "members": table}, indent=1, allow_nan=False).encode()
     out, spans = io.BytesIO(), []
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+    with ZipFile(out, "w", ZIP_STORED) as archive:
         _put(archive, MANIFEST, text)
         spans = [_put(archive, name, data) for name, data in members.items()]
         archive.comment = _COMMENT % (manifest["format"], b"0" * _DIGEST_BYTES)
@@ -88,7 +95,9 @@ def write_atomically(path: Path, data: Buffer) -> None:
 
     A temporary file beside it is written, flushed to the disk, then put in its place in one step.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    from tempfile import mkstemp
+
+    handle, temporary = mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -130,10 +139,8 @@ def decode(whole: memoryview, where: str) -> tuple[dict[str, Any], dict[str, mem
     """
     written = _read_comment(whole, where)
     try:
-        with zipfile.ZipFile(_Reader(whole)) as archive:
-            spans = {info.filename: _span(whole, info) for info in archive.infolist()}
-        manifest_span = spans.pop(MANIFEST)
-        found = _outside(whole, sorted(spans.values()))
+        manifest, spans = _contents(whole)
+        found = _outside(whole, list(spans.values()))
     except _BROKEN as error:
         raise ArtifactError(
             "the artifact is damaged: its table of contents", where=where, remedy=_COPY_AGAIN
@@ -142,15 +149,38 @@ def decode(whole: memoryview, where: str) -> tuple[dict[str, Any], dict[str, mem
         raise ArtifactError(
             "the artifact is damaged: its manifest or table of contents", where=where, remedy=_COPY_AGAIN
         )
-    manifest = json.loads(bytes(whole[slice(*manifest_span)]))
-    members = {name: whole[slice(*span)] for name, span in spans.items()}
-    table = manifest["members"]
-    if set(table) != set(members):
-        raise ArtifactError("the artifact is damaged: members are missing", where=where, remedy=_COPY_AGAIN)
+    members = {name: whole[begin:end] for name, (begin, end) in spans.items()}
     for name, data in members.items():
-        if _digest([data]) != table[name]["sha256"]:
+        if _digest([data]) != manifest["members"][name]["sha256"]:
             raise ArtifactError(f"the artifact is damaged: member {name}", where=where, remedy=_COPY_AGAIN)
     return manifest, members
+
+
+def _contents(whole: memoryview) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """The manifest, and (begin, end) of each other member; not checked yet.
+
+    Members follow each other, the manifest first. Their sizes are read there, since a header has room for
+    4 GB only. A zip's table of contents at the end is for other tools.
+    """
+    name, begin, size = _header(whole, 0)
+    if name != MANIFEST:
+        raise ValueError("the manifest is not the first member")
+    at = begin + size
+    manifest, spans = json.loads(bytes(whole[begin:at])), {}
+    for _ in manifest["members"]:
+        name, begin, _ = _header(whole, at)
+        at = begin + manifest["members"][name]["bytes"]
+        spans[name] = begin, at
+    return manifest, spans
+
+
+def _header(whole: memoryview, at: int) -> tuple[str, int, int]:
+    """Of the member whose header is at `at`: its name, where its bytes begin, and how many the header says they are."""
+    signature, size, _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(whole, at)
+    if signature != b"PK\3\4":
+        raise ValueError("no member begins here")
+    end = at + _LOCAL_HEADER.size + name_bytes
+    return bytes(whole[end - name_bytes : end]).decode(), end + extra_bytes, size
 
 
 def _read_comment(whole: memoryview, where: str) -> bytes:
@@ -167,42 +197,3 @@ def _read_comment(whole: memoryview, where: str) -> bytes:
             remedy="upgrade qcompile on this machine, or save the artifact with the older version",
         )
     return fields[3]
-
-
-def _span(whole: memoryview, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where the bytes of a member lie."""
-    name_bytes, extra_bytes = struct.unpack_from("<HH", whole, info.header_offset + 26)
-    begin = info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
-    end = begin + info.file_size
-    if info.compress_type != zipfile.ZIP_STORED or end > len(whole):
-        raise ValueError("a member is compressed or out of bounds")
-    return begin, end
-
-
-class _Reader(io.RawIOBase):
-    """A file over a buffer, without copying it."""
-
-    def __init__(self, whole: memoryview) -> None:
-        self.whole, self.at = whole, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: len(self.whole)}[whence]
-        if base + offset < 0:
-            raise ValueError("a seek before the beginning")
-        self.at = base + offset
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        part = self.whole[self.at : self.at + len(buffer)]
-        buffer[: len(part)] = part
-        self.at += len(part)
-        return len(part)

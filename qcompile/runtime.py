@@ -1,4 +1,4 @@
-"""Run an artifact: no PyTorch, no compiler. NumPy, tvm_ffi and a 3 MB library are all it loads.
+"""Run an artifact: no PyTorch, no compiler. NumPy and two libraries of TVM, 3 MB each, are all it loads.
 
 model = qcompile.load("model.qcm")
 y = model(x)                       # NumPy in, NumPy out; torch tensors in, torch tensors out
@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from qcompile import ffi
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
@@ -25,8 +26,7 @@ from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
 from qcompile.executable import OWNER, Executable, set_threads
 
 
-@dataclass(frozen=True)
-class Selftest:
+class Selftest(NamedTuple):
     """What replaying the golden vectors gave.
 
     Attributes:
@@ -44,8 +44,7 @@ class Selftest:
         return self.cases > 0 and self.wrong == 0
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """How long a call takes, in seconds: `calls` of them, after a warm-up."""
 
     calls: int
@@ -79,7 +78,7 @@ class Model:
         self.artifact, self._threads = artifact, threads
         self._variant = best_variant(artifact)
         if threads is not None:  # else the first call makes the pool: a process may fork before it
-            OWNER.run(lambda: set_threads(threads))
+            OWNER.run(set_threads, threads)
         self._run = Executable(self._variant.library, self._variant.constants.values())
         self._check = InputChecker(artifact.inputs)
         self._lock = threading.Lock()
@@ -129,7 +128,7 @@ class Model:
         """Run the model: flat NumPy inputs to flat NumPy outputs. Raises InputError as a call does."""
         arrays = self._check(inputs)
         with self._lock:
-            return OWNER.run(lambda: self._call(arrays))
+            return OWNER.run(self._call, arrays)
 
     def _call(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         set_threads(self._threads)
@@ -173,7 +172,18 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
         ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
         DeviceError: built for a processor that this one is not.
     """
-    return Model(Artifact.load(path), threads=threads)
+    ahead = threading.Thread(target=_load_libraries)  # while the file is hashed
+    ahead.start()
+    try:
+        artifact = Artifact.load(path)
+    finally:
+        ahead.join()
+    return Model(artifact, threads=threads)
+
+
+def _load_libraries() -> None:
+    with suppress(DeviceError):  # the model meets it again, and raises it
+        ffi.load()
 
 
 def best_variant(artifact: Artifact) -> Variant:

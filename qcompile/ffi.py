@@ -1,0 +1,260 @@
+"""TVM's C interface, by ctypes: functions by name, tensors, errors.
+
+The package `tvm_ffi` offers the same to Python. But importing it takes longer than all else that a process
+does before its first answer, and brings PyTorch where that is installed. So only its library is loaded, and
+TVM's runtime library, which needs it. The interface is the header tvm/ffi/c_api.h of that package: a value
+is a type and eight bytes; an object is counted, and its contents follow 24 bytes of its own. The version is
+checked, since another may lay them out in another way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+from ctypes import (
+    byref,
+    c_char,
+    c_char_p,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
+from functools import cache
+from importlib.util import find_spec
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+
+from qcompile.errors import DeviceError
+
+_VERSION = (0, 1)
+_NONE, _INT, _BOOL, _TEXT, _FIRST_OBJECT, _TENSOR, _ARRAY = 0, 1, 2, 8, 64, 70, 71  # TVMFFITypeIndex
+_CONTENTS = 24  # bytes from the beginning of an object
+_DTYPES = {  # DLDataType: its code and bits
+    (code, bits): np.dtype(f"{letter}{bits // 8}")
+    for code, letter, widths in (
+        (0, "i", (8, 16, 32, 64)),
+        (1, "u", (8, 16, 32, 64)),
+        (2, "f", (16, 32, 64)),
+        (6, "b", (8,)),
+    )
+    for bits in widths
+}
+_REMEDY = "install apache-tvm and apache-tvm-ffi (the compiler library libtvm_compiler.so may be left out)"
+
+
+class _Value(ctypes.Structure):
+    """TVMFFIAny: an argument or a result."""
+
+    _fields_: ClassVar = [("kind", c_int32), ("padding", c_uint32), ("bits", c_int64)]
+
+
+class _Text(ctypes.Structure):
+    """TVMFFIByteArray."""
+
+    _fields_: ClassVar = [("data", c_void_p), ("size", c_size_t)]
+
+
+class _Sequence(ctypes.Structure):
+    """The beginning of TVMFFISeqCell."""
+
+    _fields_: ClassVar = [("data", ctypes.POINTER(_Value)), ("size", c_int64)]
+
+
+class _Tensor(ctypes.Structure):
+    """DLTensor."""
+
+    _fields_: ClassVar = [
+        ("data", c_uint64),
+        ("device", c_int32 * 2),
+        ("ndim", c_int32),
+        ("code", c_uint8),
+        ("bits", c_uint8),
+        ("lanes", c_uint16),
+        ("shape", ctypes.POINTER(c_int64)),
+        ("strides", ctypes.POINTER(c_int64)),
+        ("offset", c_uint64),
+    ]
+
+
+@cache
+def _library() -> Any:
+    """The functions of libtvm_ffi.so, with TVM's runtime in the process.
+
+    Raises:
+        DeviceError: either library is not installed, or is one we do not know.
+    """
+    library = ctypes.CDLL(_find("tvm_ffi", "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)
+    version = (c_uint32 * 3)()
+    library.TVMFFIGetVersion(version)
+    if tuple(version[:2]) != _VERSION:
+        known = ".".join(map(str, _VERSION))
+        raise DeviceError(f"tvm_ffi is version {'.'.join(map(str, version))}, not {known}", remedy=_REMEDY)
+    for path in (_find("tvm", "libtvm_runtime.so"), "libm.so.6"):  # what machine code calls: also expf and the like
+        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    library.TVMFFITensorFromDLPack.argtypes = c_void_p, c_int, c_int, c_void_p
+    for counted in (library.TVMFFIObjectIncRef, library.TVMFFIObjectDecRef):
+        counted.argtypes = (c_void_p,)
+    return library
+
+
+def _find(package: str, file: str) -> str:
+    """The path of a library that an installed package brings; the package itself is not imported."""
+    spec = find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    found = next((p for f in folders or () if os.path.exists(p := os.path.join(f, "lib", file))), None)
+    if found is None:
+        raise DeviceError(f"the runtime needs {file} of the package {package}", remedy=_REMEDY)
+    return found
+
+
+def load() -> None:
+    """Load TVM's libraries now; otherwise the first use does.
+
+    Raises:
+        DeviceError: they are not installed.
+    """
+    _library()
+
+
+class Object:
+    """A counted reference to something of TVM's."""
+
+    __slots__ = ("_release", "handle", "kind")
+
+    def __init__(self, kind: int, handle: int) -> None:
+        """Takes over a reference that the caller holds."""
+        self.kind, self.handle = kind, handle
+        self._release = _library().TVMFFIObjectDecRef
+
+    def __del__(self) -> None:
+        self._release(self.handle)
+
+    def items(self) -> list[Object]:
+        """The objects in an array of TVM's; what is no array is its own only item."""
+        if self.kind != _ARRAY:
+            return [self]
+        sequence = _Sequence.from_address(self.handle + _CONTENTS)
+        return [_shared(value) for value in sequence.data[: sequence.size]]
+
+    @property
+    def tensor(self) -> _Tensor:
+        """What a tensor is and where it lies; what is written here holds for the tensor."""
+        return _Tensor.from_address(self.handle + _CONTENTS)
+
+    def view(self) -> tuple[int, np.ndarray]:
+        """The address of a tensor's numbers, and they as an array that keeps them alive.
+
+        TVM's own tensors are contiguous.
+        """
+        tensor = self.tensor
+        shape, dtype = tensor.shape[: tensor.ndim], _DTYPES[tensor.code, tensor.bits]
+        address = tensor.data + tensor.offset
+        memory = (c_char * (prod(shape) * dtype.itemsize)).from_address(address)
+        memory.owner = self
+        return address, np.ndarray(shape, dtype, memory)
+
+
+def _shared(value: _Value) -> Object:
+    _library().TVMFFIObjectIncRef(value.bits)
+    return Object(value.kind, value.bits)
+
+
+def function(name: str) -> Object:
+    """One of TVM's global functions."""
+    text, handle = name.encode(), c_void_p()
+    _check(_library().TVMFFIFunctionGetGlobal(byref(_Text(_address(text), len(text))), byref(handle)))
+    assert handle.value is not None, name
+    return Object(_FIRST_OBJECT, handle.value)
+
+
+def member(module: Object, name: str) -> Object:
+    """A function of a module. Raises AttributeError where it has none of that name."""
+    found = call(function("ffi.ModuleGetFunction"), module, name, False)
+    if found is None:
+        raise AttributeError(name)
+    return found
+
+
+def call(called: Object, *arguments: Object | str | int) -> Any:
+    """The result of a function: an Object, a number or None. Raises RuntimeError as `Call` does."""
+    return Call(called, *arguments)()
+
+
+class Call:
+    """A function with its arguments, to be called any number of times."""
+
+    def __init__(self, called: Object, *arguments: Object | str | int) -> None:
+        self._alive = called, arguments, [a.encode() if isinstance(a, str) else b"" for a in arguments]
+        values, self._result = (_Value * len(arguments))(), _Value()
+        for value, argument, text in zip(values, arguments, self._alive[2], strict=True):
+            if isinstance(argument, Object):
+                value.kind, value.bits = argument.kind, argument.handle
+            elif isinstance(argument, str):
+                value.kind, value.bits = _TEXT, _address(text)
+            else:
+                value.kind, value.bits = _BOOL if isinstance(argument, bool) else _INT, argument
+        self._call = _library().TVMFFIFunctionCall
+        self._parameters = c_void_p(called.handle), values, c_int(len(arguments)), byref(self._result)
+
+    def __call__(self) -> Any:
+        """The result: an Object, a number or None.
+
+        Raises:
+            RuntimeError: what the function raised.
+        """
+        result = self._result
+        result.kind = result.bits = 0
+        if self._call(*self._parameters):
+            raise _raised()
+        kind = result.kind
+        if kind >= _FIRST_OBJECT:
+            return Object(kind, result.bits)
+        return None if kind == _NONE else result.bits
+
+
+def tensor(array: np.ndarray) -> Object:
+    """A tensor over the numbers of `array`, which it keeps alive. The array must be writable."""
+    capsule, handle = array.__dlpack__(), c_void_p()
+    managed = _capsule_pointer(capsule, b"dltensor")
+    _check(_library().TVMFFITensorFromDLPack(managed, 0, 0, byref(handle)))
+    _capsule_rename(capsule, b"used_dltensor")  # so the protocol says it is no longer the capsule's
+    assert handle.value is not None
+    return Object(_TENSOR, handle.value)
+
+
+def array_of(items: Iterable[Object]) -> Object:
+    """An array of TVM's that holds `items`."""
+    return call(function("ffi.Array"), *items)
+
+
+def _address(text: bytes) -> int:
+    return ctypes.cast(c_char_p(text), c_void_p).value or 0
+
+
+_python = ctypes.pythonapi
+_capsule_pointer = ctypes.PYFUNCTYPE(c_void_p, ctypes.py_object, c_char_p)(("PyCapsule_GetPointer", _python))
+_capsule_rename = ctypes.PYFUNCTYPE(c_int, ctypes.py_object, c_char_p)(("PyCapsule_SetName", _python))
+
+
+def _check(status: int) -> None:
+    if status:
+        raise _raised()
+
+
+def _raised() -> RuntimeError:
+    """The error that a function of TVM's left."""
+    handle = c_void_p()
+    _library().TVMFFIErrorMoveFromRaised(byref(handle))
+    assert handle.value is not None
+    error = Object(_FIRST_OBJECT, handle.value)
+    kind, message = (_Text * 2).from_address(error.handle + _CONTENTS)  # TVMFFIErrorCell
+    return RuntimeError(": ".join(ctypes.string_at(text.data, text.size).decode() for text in (kind, message)))
