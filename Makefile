@@ -6,10 +6,10 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench litert arm-tools clean
+.PHONY: help demo test test-all lint docs bench bench-avx2 litert arm-tools clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: .venv/installed-examples ## quantize EfficientNet-Lite0, compile it, compare it with the original
 	$(BIN)/python -m examples.efficientnet_lite0
@@ -32,6 +32,10 @@ docs: .venv/installed-docs ## build the documentation into site/
 
 bench: .venv/installed-bench litert ## measure against the other engines, side by side; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.report
+
+bench-avx2: .venv/installed-bench ## measure x86-avx2 beside ONNX Runtime held to AVX2; rewrites docs/benchmarks.md
+	$(BIN)/python -m benchmarks.avx2
 	$(BIN)/python -m benchmarks.report
 
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from benchmarks import table
-from benchmarks.engines import ENGINES, OURS
+from benchmarks.engines import OURS, UNRESTRICTED
 from benchmarks.results import Report, Run, Workload
 
 MARKS = "oD^vsP<>X"
@@ -35,7 +35,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _panel(panel: Axes, rows: list[tuple[Workload, Run]]) -> None:
-    for index, engine in enumerate(ENGINES):
+    for index, engine in enumerate(UNRESTRICTED):
         found = [(run.engines[engine].speed, y) for y, (_, run) in enumerate(rows) if engine in run.engines]
         points = [(speed, y) for speed, y in found if speed]
         speeds, heights = [speed for speed, _ in points], [y for _, y in points]

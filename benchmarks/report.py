@@ -1,6 +1,6 @@
 """The page `docs/benchmarks.md` and its picture, from the results of a run; neither is edited by hand.
 
-python -m benchmarks.report [benchmarks/results.json] [--folder docs]
+python -m benchmarks.report [benchmarks/results.json] [--avx2 benchmarks/avx2.json] [--folder docs]
 """
 
 from __future__ import annotations
@@ -49,13 +49,29 @@ METHOD = """\
   the statistics of trained ones.
 """
 
+RESTRICTED = """\
+## With AVX2 alone
 
-def page(report: Report) -> str:
-    """The whole page."""
+The machine has more than AVX2, so both sides are held to it (`python -m benchmarks.avx2`). This project is
+compiled for `x86-avx2`. ONNX Runtime chooses its kernels by what the `cpuid` instruction says and has no switch;
+so in a copy of its library every `cpuid` is replaced by an invalid instruction, and a signal handler answers in its
+place, leaving out AVX512, AVX-VNNI and AMX. Nothing else is changed: it is the same release with the kernels that
+it picks on a processor with AVX2.
+
+Models, quantization and method are those of this page. ONNX Runtime's AVX2 kernels multiply uint8 by int8 with
+`vpmaddubsw`, which saturates at 16 bits, so they lose accuracy to what it computes with VNNI: compare its SQNR
+here with the one below. This project's answers are the same bits on both. Of a real processor without AVX512
+this is the instruction set, not the caches and the execution units.
+"""
+
+
+def page(report: Report, avx2: Report | None) -> str:
+    """The whole page; `avx2`: what `python -m benchmarks.avx2` found."""
     parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
     parts += ["## The machine\n", markdown(("", ""), [(key, value) for key, value in report.machine.items()])]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(report.versions.items()))
     parts += [f"Versions: {versions}.\n", "## Summary\n", markdown(*summary(report)), METHOD]
+    parts += [RESTRICTED, markdown(*restricted(avx2))] if avx2 else []
     parts += ["## Each workload\n"]
     for workload in report.workloads:
         parts += [f"### {workload.name}\n", *details(workload)]
@@ -81,6 +97,20 @@ def summary(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
                 )
             )
     return columns, rows
+
+
+def restricted(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """One row for each engine on each workload."""
+    threads = sorted({run.threads for workload in report.workloads for run in workload.runs})
+    columns = ["workload", "engine"]
+    for count in threads:
+        columns += [f"ms, {table.threads(count)}", "speed"]
+    rows: list[Sequence[str]] = []
+    for workload in report.workloads:
+        for engine, cost in workload.prepared.items():
+            cells = [cell for run in workload.runs for cell in _cells(run, engine)[:2]]
+            rows.append((workload.name, engine, *cells, table.sqnr(cost)))
+    return (*columns, "SQNR"), rows
 
 
 def details(workload: Workload) -> Iterable[str]:
@@ -117,10 +147,12 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, default=Path("benchmarks/results.json"))
+    parser.add_argument("--avx2", type=Path, default=Path("benchmarks/avx2.json"))
     parser.add_argument("--folder", type=Path, default=Path("docs"))
     options = parser.parse_args()
     report = Report.load(options.results)
-    (options.folder / PAGE).write_text(page(report))
+    avx2 = Report.load(options.avx2) if options.avx2.exists() else None
+    (options.folder / PAGE).write_text(page(report, avx2))
     draw(report, options.folder / PICTURE)
     print(f"written: {options.folder / PAGE}, {options.folder / PICTURE}")
 

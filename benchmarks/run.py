@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rich.table import Table
 from benchmarks import table
 from benchmarks.child import Failed, ask, missing
 from benchmarks.cold import cold_starts
-from benchmarks.engines import ENGINES
+from benchmarks.engines import ENGINES, UNRESTRICTED
 from benchmarks.interleave import Measurement, interleave, ratio
 from benchmarks.machine import machine
 from benchmarks.models import MODELS
@@ -45,7 +46,7 @@ def measure(workload: Workload, engines: list[str], folder: Path, options: argpa
         found, failed = interleave(
             paths, threads, x, rounds=options.rounds, max_rounds=2 * options.rounds, seconds=options.seconds
         )
-        workload.runs.append(as_run(workload.macs, threads, found, failed))
+        workload.runs.append(as_run(workload.macs, threads, found, failed, options.target))
         show(f"{table.title(workload, workload.runs[-1])}", table.TIMES, table.time_rows(workload.runs[-1]))
         for engine, reason in failed.items():
             console.print(f"  {engine} failed: {reason}", markup=False, soft_wrap=True)
@@ -75,11 +76,11 @@ def prepare(workload: Workload, engines: list[str], folder: Path) -> dict[str, d
     return answers
 
 
-def as_run(macs: int, threads: int, found: dict[str, Measurement], failed: dict[str, str]) -> Run:
-    """The figures of one run, and the ratios to the peer that was fastest in it."""
+def as_run(macs: int, threads: int, found: dict[str, Measurement], failed: dict[str, str], target: str) -> Run:
+    """The figures of one run, the ratios to the peer that was fastest in it, and the shares of `target`'s peak."""
     ms = {engine: measured.milliseconds() for engine, measured in found.items()}
     best = min((engine for engine in found if ENGINES[engine].peer), key=lambda engine: ms[engine], default=None)
-    peak = dot_product_peak(threads)
+    peak = dot_product_peak(threads, target)
     engines = {}
     for engine, measured in found.items():
         speed, rounds = ratio(found[best], measured) if best else (None, 0)
@@ -109,26 +110,35 @@ def installed(engines: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     return versions, absent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+def main(
+    description: str | None = __doc__,
+    engines: Sequence[str] = UNRESTRICTED,
+    target: str = "native",
+    output: Path = Path("benchmarks/results.json"),
+    models: Sequence[str] = tuple(MODELS),
+    batches: Sequence[int] = (1, 16),
+) -> None:
+    """Run a benchmark from the command line; the arguments are what it compares unless told otherwise."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(target=target)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=models)
+    parser.add_argument("--batches", nargs="+", type=int, default=batches)
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, min(2, os.cpu_count() or 1)}))
     parser.add_argument("--rounds", type=int, default=12, help="undisturbed blocks wanted of each engine")
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a block")
     parser.add_argument("--starts", type=int, default=5, help="cold starts of each engine")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results.json"))
+    parser.add_argument("--output", type=Path, default=output)
     options = parser.parse_args()
     versions, absent = installed(options.engines)
     report = Report(machine(), versions, {key: getattr(options, key) for key in ("rounds", "seconds", "starts")})
     console.print(", ".join(f"{key}: {value}" for key, value in report.machine.items()), soft_wrap=True)
-    engines = [engine for engine in options.engines if engine not in absent]
+    present = [engine for engine in options.engines if engine not in absent]
     for model in options.models:
         for batch in options.batches:
             workload = Workload(model, batch, 0, absent=dict(absent))
             with tempfile.TemporaryDirectory() as scratch:
-                measure(workload, engines, Path(scratch), options)
+                measure(workload, present, Path(scratch), options)
             report.workloads.append(workload)
             report.save(options.output)
     console.print(f"written to {options.output}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.results import Run, Workload
+from benchmarks.results import Prepared, Run, Workload
 
 TIMES = ("engine", "ms", "speed", "rounds", "of peak", "disturbed")
 COSTS = ("engine", "file", "compile", "cold start", "memory", "SQNR", "same top-1")
@@ -46,9 +46,13 @@ def cost_rows(workload: Workload) -> Iterator[tuple[str, ...]]:
             f"{cost.prepare_s:.1f} s",
             f"{cost.cold_s:.2f} s",
             f"{cost.peak_bytes / 1e6:.0f} MB",
-            "equal" if cost.sqnr_db is None else f"{cost.sqnr_db:.1f} dB",
+            sqnr(cost),
             f"{cost.agreement:.1%}",
         )
+
+
+def sqnr(cost: Prepared) -> str:
+    return "equal" if cost.sqnr_db is None else f"{cost.sqnr_db:.1f} dB"
 
 
 def milliseconds(ms: float) -> str:

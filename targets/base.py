@@ -28,6 +28,8 @@ class DotProduct:
         prepare: the int32 that holds four activations -> the operands shared by a tile row.
         accumulate: (acc, prepared, weight vectors) -> acc.
         exact_for: whether this way is exact for these weights (..., channels, 4).
+        surplus: what it adds to a sum besides the products, whatever the activations: (channels, products) int64
+            -> (channels,), wrapping at int32.
     """
 
     name: str
@@ -38,6 +40,7 @@ class DotProduct:
     prepare: Callable[[Any], tuple[Any, ...]]
     accumulate: Callable[[Any, tuple[Any, ...], list[Any]], Any]
     exact_for: Callable[[np.ndarray], bool] = lambda weight: True
+    surplus: Callable[[np.ndarray], np.ndarray] = lambda weight: np.zeros(len(weight), np.int64)
 
 
 @dataclass(frozen=True)

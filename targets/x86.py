@@ -31,14 +31,19 @@ VPDPBUSD = DotProduct(
 
 
 def _pairs_fit_int16(weight: np.ndarray) -> bool:
-    """Every 255 * (|w0| + |w1|) of neighbouring products fits int16, so vpmaddubsw cannot saturate."""
-    pairs = np.abs(weight.astype(np.int32)).reshape(-1, 2).sum(1)
-    return bool((pairs * 255 <= np.iinfo(np.int16).max).all())
+    """No sum of two neighbouring products leaves int16, so vpmaddubsw cannot saturate."""
+    pairs = 255 * weight.astype(np.int32).reshape(-1, 2)
+    least, most = np.minimum(pairs, 0).sum(1), np.maximum(pairs, 0).sum(1)
+    return bool((least >= -(1 << 15)).all() and (most < 1 << 15).all())
 
 
-def _maddubs(acc: Any, x: tuple[Any, ...], w: list[Any]) -> Any:
-    pairs = _llvm("int16x16", "llvm.x86.avx2.pmadd.ub.sw", x[0], w[0])
+def _four_products(acc: Any, unsigned: Any, signed: Any) -> Any:
+    pairs = _llvm("int16x16", "llvm.x86.avx2.pmadd.ub.sw", unsigned, signed)
     return acc + _llvm("int32x8", "llvm.x86.avx2.pmadd.wd", pairs, T.broadcast(T.int16(1), 16))
+
+
+def _repeat(four: Any) -> tuple[Any, ...]:
+    return (T.reinterpret("uint8x32", T.broadcast(four, 8)),)
 
 
 # Three instructions for 32 products, but the pair sums saturate at int16: only for proven weights.
@@ -48,42 +53,35 @@ VPMADDUBSW = DotProduct(
     planes=1,
     weight_dtype="int8",
     pack=_flat,
-    prepare=lambda four: (T.reinterpret("uint8x32", T.broadcast(four, 8)),),
-    accumulate=_maddubs,
+    prepare=_repeat,
+    accumulate=lambda acc, x, w: _four_products(acc, x[0], w[0]),
     exact_for=_pairs_fit_int16,
 )
 
 
-def _even_odd(weight: np.ndarray) -> np.ndarray:
-    """(..., channels, 4) -> (..., 2, channels * 2) int16: products 0 and 2, then products 1 and 3."""
-    planes = np.stack([weight[..., 0::2], weight[..., 1::2]], axis=-3).astype(np.int16)
+def _magnitudes_and_signs(weight: np.ndarray) -> np.ndarray:
+    """(..., channels, 4) -> (..., 2, channels * 4) uint8: |w|, and what turns x into x - 128 or, where w < 0, into
+    its complement 127 - x."""
+    planes = np.stack([np.abs(weight).view(np.uint8), np.where(weight < 0, 0x7F, 0x80).astype(np.uint8)], axis=-3)
     return np.ascontiguousarray(planes.reshape(*planes.shape[:-2], -1))
 
 
-def _split_bytes(four: Any) -> tuple[Any, ...]:
-    """Bytes 0 and 2, and bytes 1 and 3, of every int32 as pairs of uint16."""
-    all_four = T.broadcast(four, 8)
-    mask = T.broadcast(T.int32(0x00FF00FF), 8)
-    even = T.bitwise_and(all_four, mask)
-    odd = T.bitwise_and(T.shift_right(all_four, T.broadcast(T.int32(8), 8)), mask)
-    return T.reinterpret("int16x16", even), T.reinterpret("int16x16", odd)
+def _signed_surplus(weight: np.ndarray) -> np.ndarray:
+    """|w| (x - 128) is 128 w less than w x, and |w| (127 - x) is 127 w less."""
+    return np.asarray(-(np.where(weight < 0, 127, 128) * weight).sum(1))
 
 
-def _maddwd(acc: Any, x: tuple[Any, ...], w: list[Any]) -> Any:
-    for four, weights in zip(x, w, strict=True):
-        acc = acc + _llvm("int32x8", "llvm.x86.avx2.pmadd.wd", four, weights)
-    return acc
-
-
-# Four instructions for 32 products, exact for every weight: 16-bit operands, 32-bit sums.
-VPMADDWD = DotProduct(
-    name="vpmaddwd",
+# Four instructions for 32 products, exact for every weight: a weight's sign moves to the activation, which is then the
+# signed factor, and 2 * 127 * 128 fits int16.
+VPXOR_VPMADDUBSW = DotProduct(
+    name="vpxor_vpmaddubsw",
     instructions=4,
     planes=2,
-    weight_dtype="int16",
-    pack=_even_odd,
-    prepare=_split_bytes,
-    accumulate=_maddwd,
+    weight_dtype="uint8",
+    pack=_magnitudes_and_signs,
+    prepare=_repeat,
+    accumulate=lambda acc, x, w: _four_products(acc, w[0], T.bitwise_xor(x[0], w[1])),
+    surplus=_signed_surplus,
 )
 
 
@@ -138,7 +136,7 @@ AVX2 = InstructionSet(
     "uint8",
     lanes=8,
     registers=16,
-    dots=(VPMADDUBSW, VPMADDWD),
+    dots=(VPMADDUBSW, VPXOR_VPMADDUBSW),
     narrows=(_narrow(4, 8, *_NARROW_256), _narrow(2, 8, *_NARROW_256)),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.engines.avx2 import OnnxRuntimeAvx2, OnnxRuntimeInt8Avx2, QcompileAvx2
 from benchmarks.engines.base import Array, Engine, Source
 from benchmarks.engines.inductor import Inductor, InductorInt8
 from benchmarks.engines.litert import LiteRtInt8
@@ -9,20 +10,20 @@ from benchmarks.engines.onnx_runtime import OnnxRuntime, OnnxRuntimeDynamic, Onn
 from benchmarks.engines.openvino_runtime import OpenVino, OpenVinoInt8
 from benchmarks.engines.ours import Qcompile
 
-__all__ = ["ENGINES", "OURS", "Array", "Engine", "Source"]
+__all__ = ["AVX2", "ENGINES", "OURS", "UNRESTRICTED", "Array", "Engine", "Source"]
 
 OURS = Qcompile.name
-ENGINES: dict[str, Engine] = {
-    engine.name: engine
-    for engine in (
-        Qcompile(),
-        OpenVinoInt8(),
-        LiteRtInt8(),
-        OnnxRuntimeInt8(),
-        OnnxRuntimeDynamic(),
-        InductorInt8(),
-        OpenVino(),
-        OnnxRuntime(),
-        Inductor(),
-    )
-}
+_UNRESTRICTED: tuple[Engine, ...] = (
+    Qcompile(),
+    OpenVinoInt8(),
+    LiteRtInt8(),
+    OnnxRuntimeInt8(),
+    OnnxRuntimeDynamic(),
+    InductorInt8(),
+    OpenVino(),
+    OnnxRuntime(),
+    Inductor(),
+)
+_AVX2: tuple[Engine, ...] = (QcompileAvx2(), OnnxRuntimeInt8Avx2(), OnnxRuntimeAvx2())
+ENGINES = {engine.name: engine for engine in (*_UNRESTRICTED, *_AVX2)}
+UNRESTRICTED, AVX2 = ([engine.name for engine in engines] for engines in (_UNRESTRICTED, _AVX2))

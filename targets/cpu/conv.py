@@ -121,7 +121,7 @@ def conv(
 
     constants = {
         "weights": packed.data.reshape(-1),
-        "integers": numbers.integers(isa, in_lanes(filters.folded_bias(isa))),
+        "integers": numbers.integers(isa, in_lanes(filters.folded_bias(isa, dot))),
         "floats": numbers.floats(in_lanes(filters.m)),
     }
     if shape.groups > 1:

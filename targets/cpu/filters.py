@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcompile.targets.base import InstructionSet
+from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.layout import NO_HALO, Layout
 
 
@@ -52,12 +52,14 @@ class Filters:
     def _rows(self) -> np.ndarray:
         return self.weight.astype(np.int64).reshape(len(self.weight), -1)
 
-    def folded_bias(self, isa: InstructionSet) -> np.ndarray:
-        """int32: the bias less what the stored zero point of the input adds to every sum.
+    def folded_bias(self, isa: InstructionSet, dot: DotProduct | None = None) -> np.ndarray:
+        """int32: the bias less what the stored zero point of the input, and the way to multiply, add to every sum.
 
         Exact in wrapping arithmetic, because the true accumulator fits int32.
         """
         folded = self.bias.astype(np.int64) - (self.x_zero_point + isa.offset) * self._rows().sum(1)
+        if dot is not None:
+            folded -= dot.surplus(self._rows())
         return (folded & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
     def largest_accumulators(self) -> np.ndarray:

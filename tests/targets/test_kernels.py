@@ -7,7 +7,8 @@ import torch
 from execution import TARGETS, mismatches, operator, program_of
 
 from qcompile import ops
-from qcompile.ops import Row
+from qcompile.ops import Act, Row, Sample
+from qcompile.ops.linear import LINEAR
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -16,3 +17,15 @@ def test_a_kernel_gives_the_bits_of_its_reference(row: Row, target: str, request
     samples = list(row.samples(torch.Generator().manual_seed(2026)))
     program, inputs = program_of([(operator(row), sample) for sample in samples])
     assert mismatches(program, inputs, [sample.label for sample in samples], target, request) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_largest_products_are_exact(target: str, request: pytest.FixtureRequest) -> None:
+    """Every way that four neighbouring weights and activations can be as large as they get, with either sign."""
+    weights, x = (
+        torch.cartesian_prod(*[torch.tensor(ends, dtype=torch.int8)] * 4) for ends in ((-127, 127), (-128, 127))
+    )
+    zeros, m = torch.zeros(len(weights), dtype=torch.int32), torch.full((len(weights),), 1 / 1024)
+    sample = Sample((Act(x), weights, zeros, m, -128, 0, -128, 127), label="extremes")
+    program, inputs = program_of([(operator(LINEAR), sample)])
+    assert mismatches(program, inputs, [sample.label], target, request) == []

@@ -15,7 +15,13 @@ from qcompile.targets import Target, get, names, registry
 
 X86 = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 # What a processor must have to take dot products in this way.
-NEEDS = {"vpdpbusd": "avx512vnni", "vpmaddubsw": "avx2", "vpmaddwd": "avx2", "sdot": "asimddp", "smull": "asimd"}
+NEEDS = {
+    "vpdpbusd": "avx512vnni",
+    "vpmaddubsw": "avx2",
+    "vpxor_vpmaddubsw": "avx2",
+    "sdot": "asimddp",
+    "smull": "asimd",
+}
 
 
 def test_native_comes_first_and_every_name_is_known() -> None:
