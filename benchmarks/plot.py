@@ -13,8 +13,8 @@ from benchmarks import table
 from benchmarks.engines import OURS, UNRESTRICTED
 from benchmarks.results import Report, Run, Workload
 
-MARKS = "oD^vsP<>X"
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#3b5ba5", "#8fb339", "#7d5ba6", "#00798c", "#3b5ba5", "#7d5ba6")
+MARKS = "ooD^vsP<>X"
+COLOURS = ("#d1495b", "#e8a4ad", "#00798c", "#edae49", "#3b5ba5", "#8fb339", "#7d5ba6", "#00798c", "#3b5ba5", "#7d5ba6")
 
 
 def draw(report: Report, path: Path) -> None:

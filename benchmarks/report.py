@@ -42,6 +42,8 @@ METHOD = """\
 - **SQNR** and **same top-1** compare the outputs with the float model's on held-out data. They belong next
   to the speed, since an engine can be fast by leaving out what it should compute; they are no measure of
   accuracy, since most of these weights are random.
+- **qcompile untuned** is compiled with the analytic default of every kernel; **qcompile** also looks up what was
+  measured for these models on this kind of processor and ships with the package ([tuning](tuning.md)).
 - Every call takes a float32 NumPy array and returns one. LiteRT gets images channels last, as it was
   converted; the others channels first. Batch 16 is compiled with that static shape.
 - The networks: ResNet-18 and ResNet-50, MobileNetV2, EfficientNet-Lite0 (224 x 224 photographs), and an MLP

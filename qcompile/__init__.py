@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qcompile.quantizer import QuantizedModel as QuantizedModel
     from qcompile.quantizer import quantize as quantize
     from qcompile.runtime import load as load
+    from qcompile.tuning import Tuning as Tuning
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "QcompileError": "qcompile.errors",
     "QuantConfig": "qcompile.config",
     "QuantizedModel": "qcompile.quantizer",
+    "Tuning": "qcompile.tuning",
     "compile": "qcompile.compiler",
     "evaluate": "qcompile.evaluation",
     "load": "qcompile.runtime",
@@ -42,6 +44,7 @@ __all__ = [
     "QcompileError",
     "QuantConfig",
     "QuantizedModel",
+    "Tuning",
     "compile",
     "evaluate",
     "load",

@@ -43,6 +43,9 @@ FLOAT_TOLERANCE = 1e-3
 """Where operators stayed float, how far a device's outputs may be from the reference's, as a part of
 the largest magnitude: float sums may be taken in another order."""
 
+LARGE_GOLDEN = 4 << 20
+"""Bytes of inputs from which on an artifact has one golden case instead of two."""
+
 
 class CompiledModel(Model):
     """A compiled model with its integer program: everything that `qcompile.load` gives, and the reference.
@@ -272,7 +275,8 @@ def dynamic_symbols(program: Program) -> dict[str, str]:
 
 def golden_cases(program: Program, seed: int = 0) -> tuple[Golden, ...]:
     """Two inputs with the outputs of the reference, for the self-test: random values over the range the
-    network was calibrated for (its input quantization), at the smallest and the largest sensible batch."""
+    network was calibrated for (its input quantization), at the smallest and the largest sensible batch. Of
+    large inputs one has to do: they are a part of the file."""
     generator = np.random.default_rng(seed)
     cases = []
     for small in (True, False):
@@ -286,6 +290,8 @@ def golden_cases(program: Program, seed: int = 0) -> tuple[Golden, ...]:
             inputs.append(_golden_input(generator, node, shape, spec.dtype))
         outputs = program(*[torch.from_numpy(x) for x in inputs])
         cases.append(Golden(tuple(inputs), tuple(y.contiguous().numpy() for y in outputs)))
+        if sum(x.nbytes for x in inputs) > LARGE_GOLDEN:
+            break
     return tuple(cases)
 
 

@@ -110,7 +110,9 @@ class Executable:
         bound = [ffi.tensor(tensors.aligned(array)) for array in constants]
         self._constants = [ffi.array_of(bound)] if bound else []
         self._constant_addresses = {tensor.tensor.data for tensor in bound}
-        self._shapes: list[tuple[int, ...]] | None = None
+        self._shapes: list[tuple[int, ...]] | None = None  # of the last inputs, to which these belong:
+        self._slots: list[_Slot] = []
+        self._views: list[ffi.View] | None = None
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run "main"; the outputs belong to the caller."""
@@ -118,11 +120,13 @@ class Executable:
         if shapes != self._shapes:
             self._slots = [_Slot(array) for array in inputs]
             self._call = ffi.Call(self._main, *[slot.tensor for slot in self._slots], *self._constants)
-            self._shapes = shapes
+            self._shapes, self._views = shapes, None
         taken = [slot.hold(array) for slot, array in zip(self._slots, inputs, strict=True)]
-        outputs = []
-        for tensor in self._call().items():
-            address, array = tensor.view()
+        outputs, results = [], self._call().items()
+        if self._views is None:
+            self._views = [ffi.View(tensor) for tensor in results]
+        for view, tensor in zip(self._views, results, strict=True):
+            address, array = view(tensor)
             # An output can be an input or a constant in another shape: the caller gets a copy of its own.
             ours = address in taken or address in self._constant_addresses
             outputs.append(array.copy() if ours else array)

@@ -150,17 +150,21 @@ class Object:
         """What a tensor is and where it lies; what is written here holds for the tensor."""
         return _Tensor.from_address(self.handle + _CONTENTS)
 
-    def view(self) -> tuple[int, np.ndarray]:
-        """The address of a tensor's numbers, and they as an array that keeps them alive.
 
-        TVM's own tensors are contiguous.
-        """
-        tensor = self.tensor
-        shape, dtype = tensor.shape[: tensor.ndim], _DTYPES[tensor.code, tensor.bits]
-        address = tensor.data + tensor.offset
-        memory = (c_char * (prod(shape) * dtype.itemsize)).from_address(address)
-        memory.owner = self
-        return address, np.ndarray(shape, dtype, memory)
+class View:
+    """How tensors like one given are seen as arrays. TVM's own are contiguous."""
+
+    def __init__(self, like: Object) -> None:
+        tensor = like.tensor
+        self._shape, self._dtype = tuple(tensor.shape[: tensor.ndim]), _DTYPES[tensor.code, tensor.bits]
+        self._memory, self._offset = c_char * (prod(self._shape) * self._dtype.itemsize), tensor.offset
+
+    def __call__(self, tensor: Object) -> tuple[int, np.ndarray]:
+        """The address of its numbers, and they as an array that keeps them alive."""
+        address = c_uint64.from_address(tensor.handle + _CONTENTS).value + self._offset
+        memory = self._memory.from_address(address)
+        memory.owner = tensor
+        return address, np.ndarray(self._shape, self._dtype, memory)
 
 
 def _shared(value: _Value) -> Object:

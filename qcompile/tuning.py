@@ -16,18 +16,20 @@ class Tuning:
     """What is known, or to be found out, about the fastest config of each kernel. No bit depends on it.
 
     Attributes:
-        database: a file that tuning wrote, or a path where there is none yet. Several processes may use one
-            file at once, and a process that is killed leaves it whole.
+        database: a file that tuning wrote, or a path where there is none yet; None: no such file. Several
+            processes may use one file at once, and a process that is killed leaves it whole.
         measure: measure the kernels that the database does not know, and remember the best of each.
         device: where to measure, "KEY@HOST:PORT" of a TVM RPC tracker; default: on this machine.
+        shipped: what neither of these knows is looked up in the database that ships with the package.
 
     Raises:
         ConfigError: `device` is not of that form.
     """
 
-    database: str | Path
+    database: str | Path | None = None
     measure: bool = True
     device: str | None = None
+    shipped: bool = True
 
     def __post_init__(self) -> None:
         if self.device is not None and not _DEVICE.fullmatch(self.device):

@@ -15,10 +15,11 @@ import json
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.numpy import save_file
 from tvm.support.popen_pool import PopenPoolExecutor
@@ -77,13 +78,15 @@ def best_known(
         ConfigError: there is no such database, or it is none. And what `tune` raises.
     """
     used = threads or cores()
-    shipped = Database(SHIPPED).chosen(target, used)
-    if tuning is None:
-        return shipped
     tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
-    if tuning.measure:
-        tune(program, target, tuning, threads, progress)
-    return {**shipped, **Database(tuning.database).chosen(target, used, missing_ok=tuning.measure)}
+    known: dict[tuple[str, str], Mapping[str, Any]] = {}
+    if tuning.shipped:
+        known.update(Database(SHIPPED).chosen(target, used))
+    if tuning.database is not None:
+        if tuning.measure:
+            tune(program, target, tuning, threads, progress)
+        known.update(Database(tuning.database).chosen(target, used, missing_ok=tuning.measure))
+    return known
 
 
 def tune(
@@ -100,7 +103,7 @@ def tune(
 
     Args:
         program: an integer program.
-        tuning: the database, and where to measure.
+        tuning: the database (a path), and where to measure.
         threads: of a call; default: all cores.
         progress: called with ("tuning", kernels done, kernels in all).
         report: called with what became of each kernel.
@@ -121,6 +124,8 @@ def tune(
         )
     if remote is not None:
         _reach(remote)
+    if tuning.database is None:
+        raise ConfigError("tuning has no database to remember in", remedy='give a path: Tuning("tuned.sqlite")')
     database, threads = Database(tuning.database), threads or cores()
     known = database.chosen(target, threads, exactly=True)
     unknown = [workload for workload in lower(program, target, EMITTERS).workloads if workload.key not in known]

@@ -8,13 +8,14 @@ from benchmarks.engines.inductor import Inductor, InductorInt8
 from benchmarks.engines.litert import LiteRtInt8
 from benchmarks.engines.onnx_runtime import OnnxRuntime, OnnxRuntimeDynamic, OnnxRuntimeInt8
 from benchmarks.engines.openvino_runtime import OpenVino, OpenVinoInt8
-from benchmarks.engines.ours import Qcompile
+from benchmarks.engines.ours import Qcompile, QcompileUntuned
 
 __all__ = ["AVX2", "ENGINES", "OURS", "UNRESTRICTED", "Array", "Engine", "Source"]
 
 OURS = Qcompile.name
 _UNRESTRICTED: tuple[Engine, ...] = (
     Qcompile(),
+    QcompileUntuned(),
     OpenVinoInt8(),
     LiteRtInt8(),
     OnnxRuntimeInt8(),

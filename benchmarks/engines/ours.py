@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from benchmarks.engines.base import Array, Engine, Source
 
@@ -26,10 +26,28 @@ class Qcompile(Engine):
 
         path = source.folder / "model.qcm"
         calibration = [torch.from_numpy(x) for x in source.calibration]
-        qcompile.compile(source.program, self.target, calibration=calibration, strict=True).save(path)
+        compiled = qcompile.compile(
+            source.program, self.target, calibration=calibration, tuning=self.tuning(), strict=True
+        )
+        compiled.save(path)
         return path
+
+    def tuning(self) -> Any:
+        """What the package ships is used."""
+        return None
 
     def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
         import qcompile
 
         return qcompile.load(path, threads=threads)
+
+
+class QcompileUntuned(Qcompile):
+    """With the analytic defaults alone: no measured config, not even those that ship."""
+
+    name = "qcompile untuned"
+
+    def tuning(self) -> Any:
+        from qcompile.tuning import Tuning
+
+        return Tuning(shipped=False)
