@@ -81,8 +81,8 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Dep
     most = min(MOST_ROWS, height) if isinstance(height, int) else 1
     able = [rows for rows in range(1, most + 1) if rows == 1 or fits(rows)]
     columns = [4, 1, 2, 8]
-    if isinstance(width, int):  # equal parts of a row, about eight pixels first
-        usual = -(-width // 8)
+    if isinstance(width, int):  # equal parts of a row, long ones first: neighbours zip the columns between them twice
+        usual = -(-width // 14)
         parts = sorted(range(-(-width // MOST_COLUMNS), width + 1), key=lambda n: abs(n - usual))
         columns = list(dict.fromkeys(-(-width // n) for n in parts))
     return [DepthwiseDotConfig(rows, count) for rows in sorted(able, key=cost) for count in columns]
