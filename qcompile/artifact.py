@@ -175,7 +175,7 @@ class Artifact:
         manifest, members = container.decode(memoryview(data), where)
         try:
             return _artifact(manifest, members)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise ArtifactError(
                 f"the artifact's manifest is not as the format says: {error!r}",
                 where=where,
@@ -222,14 +222,14 @@ def _artifact(manifest: dict[str, Any], members: dict[str, memoryview]) -> Artif
             name=entry["name"],
             machine=entry["machine"],
             features=tuple(entry["features"]),
-            rank=entry["rank"],
+            rank=int(entry["rank"]),
             library=members[f"targets/{entry['name']}/library.so"],
             constants=tensors.decode(members[f"targets/{entry['name']}/constants.safetensors"]),
         )
         for entry in manifest["targets"]
     )
     arrays = tensors.decode(members["golden.safetensors"])
-    cases = 1 + max((int(name.partition(".")[0]) for name in arrays), default=-1)
+    cases = len({name.partition(".")[0] for name in arrays})
     golden = tuple(
         Golden(
             tuple(arrays[f"{case}.input.{i}"] for i in range(len(inputs))),
@@ -246,10 +246,12 @@ def _artifact(manifest: dict[str, Any], members: dict[str, memoryview]) -> Artif
         passes=tuple(PassRow(**row) for row in manifest["passes"]),
         toolchain=manifest["toolchain"],
         golden=golden,
-        tolerance=manifest["tolerance"],
+        tolerance=float(manifest["tolerance"]),
     )
 
 
 def _spec(entry: dict[str, Any]) -> TensorSpec:
     shape = tuple(d if isinstance(d, int) else (str(d[0]), int(d[1]), int(d[2])) for d in entry["shape"])
+    if entry["dtype"] not in tensors.NAMES:
+        raise ValueError(f"an input or output of dtype {entry['dtype']!r}")
     return TensorSpec(**{**entry, "shape": shape})

@@ -115,7 +115,7 @@ def tune(
             quantized = quantize(program, calibration=batches, objection=objection(where), progress=progress)
             tune_kernels(quantized.program, where, tuning, threads, progress, found.append)
     except KeyboardInterrupt:
-        err.print(f"stopped: what was found is in {database}; the same command goes on from there", highlight=False)
+        err.print(f"stopped; {database} has what was found, and the same command goes on from there", highlight=False)
         raise typer.Exit(130) from None
     finally:
         if found:

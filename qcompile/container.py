@@ -38,7 +38,7 @@ _COMMENT_BYTES = len(_COMMENT % (FORMAT, b"0" * _DIGEST_BYTES))
 _LOCAL_HEADER = struct.Struct(
     "<4s14xIIHH"
 )  # a zip's, up to the name: signature, sizes, lengths of name and extra field
-_BROKEN = (struct.error, ValueError, KeyError, TypeError, RecursionError)
+_BROKEN = (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _COPY_AGAIN = "copy or download the file again, or save it again"
 
 Buffer = bytes | memoryview
@@ -140,6 +140,7 @@ def decode(whole: memoryview, where: str) -> tuple[dict[str, Any], dict[str, mem
     written = _read_comment(whole, where)
     try:
         manifest, spans = _contents(whole)
+        digests = {name: manifest["members"][name]["sha256"] for name in spans}
         found = _outside(whole, list(spans.values()))
     except _BROKEN as error:
         raise ArtifactError(
@@ -151,7 +152,7 @@ def decode(whole: memoryview, where: str) -> tuple[dict[str, Any], dict[str, mem
         )
     members = {name: whole[begin:end] for name, (begin, end) in spans.items()}
     for name, data in members.items():
-        if _digest([data]) != manifest["members"][name]["sha256"]:
+        if _digest([data]) != digests[name]:
             raise ArtifactError(f"the artifact is damaged: member {name}", where=where, remedy=_COPY_AGAIN)
     return manifest, members
 

@@ -92,18 +92,25 @@ def _library() -> Any:
     Raises:
         DeviceError: either library is not installed, or is one we do not know.
     """
-    library = ctypes.CDLL(_find("tvm_ffi", "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)
+    library = _open(_find("tvm_ffi", "libtvm_ffi.so"))
     version = (c_uint32 * 3)()
     library.TVMFFIGetVersion(version)
     if tuple(version[:2]) != _VERSION:
         known = ".".join(map(str, _VERSION))
         raise DeviceError(f"tvm_ffi is version {'.'.join(map(str, version))}, not {known}", remedy=_REMEDY)
     for path in (_find("tvm", "libtvm_runtime.so"), "libm.so.6"):  # what machine code calls: also expf and the like
-        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+        _open(path)
     library.TVMFFITensorFromDLPack.argtypes = c_void_p, c_int, c_int, c_void_p
     for counted in (library.TVMFFIObjectIncRef, library.TVMFFIObjectDecRef):
         counted.argtypes = (c_void_p,)
     return library
+
+
+def _open(path: str) -> Any:
+    try:
+        return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise DeviceError(f"a library cannot be loaded: {error}", where=path, remedy=_REMEDY) from error
 
 
 def _find(package: str, file: str) -> str:

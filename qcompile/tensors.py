@@ -9,8 +9,10 @@ safetensors reader can read the file; this one needs NumPy alone and copies noth
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +33,7 @@ _DTYPES = {
     "F32": "float32",
     "F64": "float64",
 }
-_NAMES = {name: code for code, name in _DTYPES.items()}
+NAMES = {name: code for code, name in _DTYPES.items()}
 
 
 def encode(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -45,7 +47,7 @@ def encode(arrays: Mapping[str, np.ndarray]) -> bytes:
     at = 0
     for number, (name, array) in enumerate(arrays.items()):
         data = np.asarray(array, order="C").astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        header[name] = _entry(_NAMES[array.dtype.name], array.shape, at, len(data))
+        header[name] = _entry(NAMES[array.dtype.name], array.shape, at, len(data))
         parts.append(data)
         at += len(data)
         if gap := -at % ALIGNMENT:
@@ -62,16 +64,31 @@ def _entry(dtype: str, shape: tuple[int, ...], begin: int, size: int) -> dict[st
 
 
 def decode(data: Buffer) -> dict[str, np.ndarray]:
-    """The tensors, in order, as views into `data`: aligned to 64 bytes where `data` is."""
+    """The tensors, in order, as views into `data`: aligned to 64 bytes where `data` is.
+
+    Raises:
+        ValueError: it is no such file, or a tensor does not lie within it.
+    """
     view = memoryview(data)
-    (length,) = struct.unpack_from("<Q", view)
-    header = json.loads(bytes(view[8 : 8 + length]))
-    body = view[8 + length :]
-    return {
-        name: np.ndarray(entry["shape"], _DTYPES[entry["dtype"]], body, entry["data_offsets"][0])
-        for name, entry in header.items()
-        if not name.startswith(_PADDING)
-    }
+    try:
+        (length,) = struct.unpack_from("<Q", view)
+        header = json.loads(bytes(view[8 : 8 + length]))
+        body = view[8 + length :]
+        return {name: _view(entry, body) for name, entry in header.items() if not name.startswith(_PADDING)}
+    except (struct.error, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a safetensors file: {error!r}") from error
+
+
+def _view(entry: dict[str, Any], body: memoryview) -> np.ndarray:
+    shape, dtype = [int(size) for size in entry["shape"]], np.dtype(_DTYPES[entry["dtype"]])
+    begin, end = entry["data_offsets"]
+    if (
+        min(shape, default=0) < 0
+        or not 0 <= begin <= end <= len(body)
+        or math.prod(shape) * dtype.itemsize != end - begin
+    ):
+        raise ValueError("a tensor does not lie within the file")
+    return np.ndarray(shape, dtype, body, begin)
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

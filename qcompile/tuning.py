@@ -23,7 +23,7 @@ class Tuning:
         shipped: what neither of these knows is looked up in the database that ships with the package.
 
     Raises:
-        ConfigError: `device` is not of that form.
+        ConfigError: `device` is not of that form, or there is nothing to measure on it; `database` is no path.
     """
 
     database: str | Path | None = None
@@ -32,9 +32,21 @@ class Tuning:
     shipped: bool = True
 
     def __post_init__(self) -> None:
-        if self.device is not None and not _DEVICE.fullmatch(self.device):
+        if self.database is not None and not isinstance(self.database, (str, Path)):
+            raise ConfigError(
+                f"the tuning database is {self.database!r}", remedy='give its path, for example tuning="tuned.sqlite"'
+            )
+        if self.device is None:
+            return
+        found = _DEVICE.fullmatch(str(self.device))
+        if found is None or not 0 < int(found["port"]) < 1 << 16:
             raise ConfigError(
                 f"device is {self.device!r}", remedy='give "KEY@HOST:PORT", for example "pi5@127.0.0.1:9190"'
+            )
+        if self.database is None or not self.measure:
+            raise ConfigError(
+                "a device was given, and nothing to measure on it",
+                remedy='give a database too: Tuning("tuned.sqlite", device=...)',
             )
 
     @property

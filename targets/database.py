@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from qcompile.errors import ConfigError
 from qcompile.targets.base import Target
@@ -118,7 +119,23 @@ class Database:
             raise ConfigError("there is no such tuning database", where=str(self.path), remedy="check the path")
         # Whoever reads a file that a killed writer left half done puts it right first, if he may.
         with self._open("rw" if os.access(self.path, os.W_OK) else "ro") as connection:
-            return [Entry(*row) for row in connection.execute(f"select {_COLUMNS} from entries")]
+            if not connection.execute("pragma user_version").fetchone()[0]:
+                return []  # whoever made the file has not written to it yet
+            return [self._entry(row) for row in connection.execute(f"select {_COLUMNS} from entries")]
+
+    def _entry(self, row: tuple[Any, ...]) -> Entry:
+        entry = Entry(*row)
+        try:
+            sound = isinstance(entry.threads, int) and isinstance(json.loads(entry.config), dict)
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ConfigError(
+                f"the tuning database is damaged at {entry.operator} {entry.shape}",
+                where=str(self.path),
+                remedy="delete the file and tune again, or take a copy of it",
+            )
+        return entry
 
     def chosen(self, target: Target, threads: int, *, exactly: bool = False, missing_ok: bool = True) -> Chosen:
         """The configs for `target`: those measured with `threads`; else, unless `exactly`, with a number near it.
@@ -137,10 +154,22 @@ class Database:
             if entry.threads == threads or not exactly
         }
 
+    def prepare(self) -> None:
+        """Make the file where there is none; a place that cannot be written to is found before any work.
+
+        Raises:
+            ConfigError: it cannot be written to, or is no tuning database.
+        """
+        with self._write():
+            pass
+
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         """A transaction that no other process writes beside."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
         with self._open("rwc") as connection:
             connection.execute("begin immediate")
             if not connection.execute("pragma user_version").fetchone()[0]:
@@ -158,11 +187,14 @@ class Database:
                 self._check(connection)
                 yield connection
         except sqlite3.Error as error:
-            raise ConfigError(
-                f"the tuning database cannot be used: {error}",
-                where=str(self.path),
-                remedy="give a file that tuning wrote, or a path without a file in a folder that can be written",
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"the tuning database cannot be used: {error}",
+            where=str(self.path),
+            remedy="give a file that tuning wrote, or a path without a file in a folder that can be written",
+        )
 
     def _check(self, connection: sqlite3.Connection) -> None:
         """Refuse what is not a tuning database of this format; an empty file may become one."""

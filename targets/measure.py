@@ -6,8 +6,9 @@ on a device behind a TVM RPC tracker: there a session takes the place of the loc
 
 from __future__ import annotations
 
+import signal
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-BLOCK_SECONDS = 0.004
+BLOCK_SECONDS = 0.004  # of calls, for one figure
 FIRST_ROUNDS, FINALISTS = 3, 6
-FINAL_ROUNDS, UNDISTURBED = 15, 4
+FINAL_ROUNDS, UNDISTURBED = 15, 4  # of which the fastest so many count
+SESSION_SECONDS = 600  # after which a device drops us
 _BIG_CORES = 1  # threading.AffinityMode in TVM
 
 
@@ -52,6 +54,11 @@ class Candidate:
     pools: tuple[str, ...]
 
 
+def ignore_interrupts() -> None:
+    """Ctrl-C is for the process that tunes; it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def build_candidate(module: Any, tvm_target: dict[str, Any], linker: str, path: Path) -> None:
     """Compile `module` to a shared object."""
     from qcompile.targets.build import compile_module, link
@@ -67,9 +74,13 @@ def answers(candidate: Candidate, inputs: Sequence[Sequence[np.ndarray]], thread
 
 
 def race(
-    candidates: Sequence[Candidate], inputs: Sequence[np.ndarray], threads: int, calls: int, remote: Remote | None
+    candidates: Mapping[int, Candidate],
+    inputs: Sequence[np.ndarray],
+    threads: int,
+    calls: int,
+    remote: Remote | None,
 ) -> dict[int, tuple[float, float]]:
-    """The fastest few of `candidates`: index -> (seconds of a kernel, how many times as fast as the first one).
+    """The fastest few of `candidates`: number -> (seconds of a kernel, how many times as fast as number 0).
 
     They run in turns, round after round, and the figure of each is the mean of its fastest rounds: other load
     on the machine meets all of them, and can only add. `calls`: of the kernel in one run of the library.
@@ -77,7 +88,7 @@ def race(
     with _device(threads, remote) as device:
         arguments = [device.tensor(x) for x in inputs]
         runners = {}
-        for index, candidate in enumerate(candidates):
+        for index, candidate in candidates.items():
             machine, constants = device.load(candidate)
             number = max(1, int(BLOCK_SECONDS / device.seconds(machine, 3, [*arguments, *constants])))
             runners[index] = (machine, number, [*arguments, *constants])
@@ -139,6 +150,6 @@ def _device(threads: int, remote: Remote | None) -> Iterator[_Device]:
         tvm.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
         yield _Device()
         return
-    session = rpc.connect_tracker(remote.host, remote.port).request(remote.key, session_timeout=600)
+    session = rpc.connect_tracker(remote.host, remote.port).request(remote.key, session_timeout=SESSION_SECONDS)
     session.get_function("runtime.config_threadpool")(_BIG_CORES, threads)
     yield _Device(session)

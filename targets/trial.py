@@ -47,22 +47,18 @@ class Trial:
         }
         rng = np.random.default_rng(seed)
         shape, node = workload.shape, workload.node
-        residual = node.kwargs.get("residual")
-        sources = {node.args[0]: (shape.x, workload.filters.x_zero_point)}
-        if shape.residual is not None:
-            sources[residual] = (shape.residual, 0)
+        places = [(node.args[0], self._concrete(shape.x), workload.filters.x_zero_point)]
+        if shape.residual is not None:  # it may be the same value, in another layout
+            places.append((node.kwargs["residual"], self._concrete(shape.residual), 0))
         self.inputs: list[list[np.ndarray]] = []
         self._wanted: list[np.ndarray] = []
         for _ in range(SETS):
-            values, flat = {}, []
-            for source, (layout, fill) in sources.items():
-                place = self._concrete(layout)
-                values[source] = rng.integers(-128, 128, place.shape, dtype=np.int8)
-                flat.append(stored(values[source], place, fill, workload.isa, rng))
-            self.inputs.append(flat)
+            values = {source: rng.integers(-128, 128, place.shape, dtype=np.int8) for source, place, _ in places}
+            self.inputs.append(
+                [stored(values[source], place, fill, workload.isa, rng) for source, place, fill in places]
+            )
             self._wanted.append(_reference(program, node, values))
-        weights = sum(c.nbytes for c in workload.kernel().constants)
-        self.calls = min(MOST_COPIES, 2 + COLD_BYTES // weights)
+        self.calls = min(MOST_COPIES, 2 + COLD_BYTES // workload.filters.weight.nbytes)
 
     def exact(self, outputs: Sequence[np.ndarray]) -> bool:
         """Whether these are the bits of the reference, for every set of inputs."""

@@ -15,6 +15,7 @@ import json
 import socket
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, toolchain
 from qcompile.targets.lower import lower
-from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, race
+from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, ignore_interrupts, race
 from qcompile.targets.trial import Trial
 from qcompile.targets.workload import Chosen, Workload
 from qcompile.tuning import Tuning
@@ -41,6 +42,7 @@ from qcompile.tuning import Tuning
 NEEDED = ("cloudpickle", "psutil")  # by TVM's pool of processes
 MOST_CANDIDATES = 24
 TIMEOUT = 120.0  # seconds, for building, checking or racing
+MOST_FAILURES = 3  # kernels that cannot be measured: then it is not them
 WORTH = 1.02  # times as fast as the default a config must be to take its place: less is noise
 
 Progress = Callable[[str, int, int | None], None]
@@ -79,13 +81,15 @@ def best_known(
     """
     used = threads or cores()
     tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
+    if tuning.database is not None and tuning.measure:
+        tune(program, target, tuning, threads, progress)
     known: dict[tuple[str, str], Mapping[str, Any]] = {}
-    if tuning.shipped:
-        known.update(Database(SHIPPED).chosen(target, used))
-    if tuning.database is not None:
-        if tuning.measure:
-            tune(program, target, tuning, threads, progress)
-        known.update(Database(tuning.database).chosen(target, used, missing_ok=tuning.measure))
+    for exactly in (False, True):  # what was measured with as many threads overrides all else
+        if tuning.shipped:
+            known.update(Database(SHIPPED).chosen(target, used, exactly=exactly))
+        if tuning.database is not None:
+            own = Database(tuning.database)
+            known.update(own.chosen(target, used, exactly=exactly, missing_ok=tuning.measure))
     return known
 
 
@@ -127,15 +131,24 @@ def tune(
     if tuning.database is None:
         raise ConfigError("tuning has no database to remember in", remedy='give a path: Tuning("tuned.sqlite")')
     database, threads = Database(tuning.database), threads or cores()
+    database.prepare()
     known = database.chosen(target, threads, exactly=True)
     unknown = [workload for workload in lower(program, target, EMITTERS).workloads if workload.key not in known]
+    failures = 0
     with Tuner(program, target, threads, remote) as tuner:
         for done, workload in enumerate(unknown):
             if progress is not None:
                 progress("tuning", done, len(unknown))
-            tuned = tuner.best(workload, database)
-            if report is not None:
-                report(tuned)
+            try:
+                tuned = tuner.best(workload, database)
+            except BuildError as error:
+                failures += 1
+                if failures == MOST_FAILURES or failures == len(unknown):
+                    raise
+                warnings.warn(f"a kernel keeps its default: {error}", stacklevel=2)
+            else:
+                if report is not None:
+                    report(tuned)
     if progress is not None:
         progress("tuning", len(unknown), len(unknown))
 
@@ -159,13 +172,23 @@ class Tuner:
         self._program, self._target, self._threads, self._remote = program, target, threads, remote
         self._linker = linker(target)
         # Its processes build together; measuring is one task at a time, while the others sleep.
-        self._pool = PopenPoolExecutor(cores(), TIMEOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._pool = PopenPoolExecutor(
+            cores(), TIMEOUT, ignore_interrupts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._pending: list[Future[Any]] = []
 
     def __enter__(self) -> Tuner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for future in self._pending:  # or the pool would start processes anew for them
+            future.cancel()
         self._pool.shutdown(wait=False)
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        self._pending = [future for future in self._pending if not future.done()]
+        self._pending.append(self._pool.submit(function, *arguments))
+        return self._pending[-1]
 
     def best(self, workload: Workload, database: Database) -> Tuned:
         """Race the candidates of `workload`, and remember the winner.
@@ -181,18 +204,16 @@ class Tuner:
             candidates = self._built(trial, kernels, Path(folder), failed)
             for i, candidate in candidates.items():
                 self._check(trial, i, candidate, failed)
-            racing = [i for i in candidates if i not in failed]
-            if 0 in failed:
+            right = {i: candidate for i, candidate in candidates.items() if i not in failed}
+            if 0 not in right:
                 raise self._unusable(workload, kernels[0], failed[0])
             try:
-                shown = self._pool.submit(
-                    race, [candidates[i] for i in racing], trial.inputs[0], self._threads, trial.calls, self._remote
-                ).result()
+                shown = self._submit(race, right, trial.inputs[0], self._threads, trial.calls, self._remote).result()
             except Exception as error:
                 raise self._unusable(workload, kernels[0], _reason(error)) from error
-        fastest = max(shown, key=lambda place: shown[place][1])
-        place = fastest if shown[fastest][1] >= WORTH else 0
-        (seconds, gain), winner = shown[place], racing[place]
+        fastest = max(shown, key=lambda i: shown[i][1])
+        winner = fastest if shown[fastest][1] >= WORTH else 0
+        seconds, gain = shown[winner]
         operator, shape = workload.key
         database.add(
             Entry(
@@ -219,7 +240,7 @@ class Tuner:
             candidate = Candidate(folder / f"{i}.so", folder / f"{i}.safetensors", tuple(kernel.pools()))
             save_file(trial.constants(kernel), candidate.constants)
             module = trial.module(kernel)
-            build = self._pool.submit(build_candidate, module, self._target.tvm, self._linker, candidate.library)
+            build = self._submit(build_candidate, module, self._target.tvm, self._linker, candidate.library)
             pending[i] = candidate, build
         for i, (_, build) in pending.items():
             try:
@@ -231,7 +252,7 @@ class Tuner:
     def _check(self, trial: Trial, i: int, candidate: Candidate, failed: dict[int, str]) -> None:
         """Hold a candidate to the bits of the reference."""
         try:
-            given = self._pool.submit(answers, candidate, trial.inputs, self._threads, self._remote).result()
+            given = self._submit(answers, candidate, trial.inputs, self._threads, self._remote).result()
         except Exception as error:  # noqa: BLE001
             failed[i] = _reason(error)
             return
@@ -243,7 +264,7 @@ class Tuner:
             f"{kernel.name}, the default kernel, could not be measured for {self._target.name}: {reason}",
             where=where(workload.node) or workload.node.name,
             source=source(workload.node),
-            remedy="check that the device can be reached and is free; compile without tuning meanwhile",
+            remedy="check that the device can be reached and has memory to spare; compile without tuning meanwhile",
         )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +170,38 @@ def test_a_manifest_that_is_not_ours_is_refused() -> None:
         Artifact.from_bytes(container.encode({"format": 1, "inputs": [{"shape": [1]}]}, {}))
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[1]",
+        b"[" * 100_000,
+        {"a": 5},
+        {"0.input.0": {"dtype": "I8", "shape": [4], "data_offsets": [-4, 0]}},
+        {"0.input.0": {"dtype": "I8", "shape": [-1], "data_offsets": [0, 4]}},
+        {"0.input.0": {"dtype": "I8", "shape": [[]], "data_offsets": [0, 4]}},
+        {"0.input.0": {"dtype": "I8", "shape": [4], "data_offsets": []}},
+        {"0.input.0": {"dtype": "I8", "shape": [4], "data_offsets": [0, 8]}},
+        {"0.input.0": {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}},
+        {"0.input.0": {"dtype": "I8", "shape": [2**70], "data_offsets": [0, 2**70]}},
+        {"1000000000000.input.0": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}},
+    ],
+    ids=lambda header: str(header)[:60],
+)
+def test_tensors_that_do_not_lie_in_their_file_are_refused(header: Any) -> None:
+    """With right hashes: a file of another origin, not a damaged one."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    member = struct.pack("<Q", len(text)) + text + bytes(4)
+    forged = container.encode(ORIGINAL._manifest(), {**ORIGINAL._members(), "golden.safetensors": member})
+    with pytest.raises(ArtifactError, match="not as the format says"):
+        Artifact.from_bytes(forged)
+
+
+@pytest.mark.parametrize("change", [{"inputs": [{"name": "x", "shape": [1], "dtype": "O"}]}, {"tolerance": None}])
+def test_a_manifest_of_nonsense_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="not as the format says"):
+        Artifact.from_bytes(container.encode({**ORIGINAL._manifest(), **change}, ORIGINAL._members()))
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.qcm"
     with pytest.raises(ArtifactError, match=r"cannot be read: No such file"):
@@ -213,6 +248,7 @@ from qcompile.artifact import Artifact
 old = Artifact.load(sys.argv[1])
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 import dataclasses
+import json
 dataclasses.replace(old, toolchain={"another": "1"}).save(sys.argv[1])
 """
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
@@ -231,9 +267,7 @@ def test_saving_over_a_loaded_artifact_keeps_the_loaded_one_whole(tmp_path: Path
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(sorted(tensors._NAMES)), st.lists(st.integers(0, 5), max_size=4)), max_size=6)
-)
+@given(st.lists(st.tuples(st.sampled_from(sorted(tensors.NAMES)), st.lists(st.integers(0, 5), max_size=4)), max_size=6))
 def test_tensors_of_every_dtype_and_shape_come_back(kinds: list[tuple[str, list[int]]]) -> None:
     arrays = {
         f"t{i}": RNG.integers(0, 2, shape).astype(dtype) * np.ones((), dtype) for i, (dtype, shape) in enumerate(kinds)

@@ -150,3 +150,29 @@ def test_a_missing_database_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such tuning database"):
         Database(tmp_path / "here").merge(tmp_path / "absent")
     assert not (tmp_path / "here").exists()
+
+
+def test_an_empty_file_is_one_that_nobody_has_written_to_yet(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.sqlite"
+    path.touch()
+    assert Database(path).chosen(TARGET, 2) == {}
+    Database(path).add(ENTRY)
+    assert Database(path).entries() == [ENTRY]
+
+
+@pytest.mark.parametrize("config", ["{", "[1]", b"\xff"])
+def test_a_damaged_row_is_named_and_not_merged(tmp_path: Path, config: object) -> None:
+    good, bad = Database(tmp_path / "good"), Database(tmp_path / "bad")
+    good.add(ENTRY)
+    bad.add(replace(ENTRY, config=config))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"damaged at conv(.|\n)*bad"):
+        bad.chosen(TARGET, 2)
+    with pytest.raises(ConfigError, match="damaged"):
+        good.merge(bad.path)
+    assert good.entries() == [ENTRY]
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be used(.|\n)*file/tuned.sqlite"):
+        Database(tmp_path / "file" / "tuned.sqlite").prepare()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,44 @@ def test_a_dynamic_batch_is_tuned_at_the_size_of_the_example(tmp_path: Path) -> 
         assert torch.equal(compiled(x), compiled.reference(x))
 
 
+class Again(nn.Module):
+    """The residual of the convolution is its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) + x
+        return y
+
+
+def test_a_residual_may_be_the_input_itself(tmp_path: Path) -> None:
+    (tuned,) = run(randomize(Again().eval()), tmp_path / "tuned.sqlite")
+    assert not tuned.failed
+
+
+INTERRUPTED = """
+import sys, threading, os, signal, time
+sys.path[:0] = sys.argv[1:3]
+import test_tune
+threading.Thread(target=lambda: (time.sleep(float(sys.argv[4])), os.killpg(0, signal.SIGINT)), daemon=True).start()
+try:
+    test_tune.run(test_tune.randomize(test_tune.Small().eval()), test_tune.Path(sys.argv[3]))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("after", [1.5, 3.0])
+def test_ctrl_c_in_a_terminal_ends_it_at_once(tmp_path: Path, after: float) -> None:
+    """The terminal interrupts the whole group of processes, workers included."""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    command = [sys.executable, "-c", INTERRUPTED, *folders, str(tmp_path / "tuned.sqlite"), str(after)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, start_new_session=True, check=False)
+    assert result.stdout == "interrupted\n", result.stderr
+
+
 def _broken(kind: str) -> Any:
     """The generator of convolutions with two more configs in front of its last ones: both fast, both wrong."""
 
@@ -208,9 +248,20 @@ def test_a_tracker_that_does_not_answer_is_an_error(model: nn.Module, tmp_path: 
         qcompile.compile(model, calibration=images(), tuning=tuning)
 
 
-def test_an_address_without_a_port_is_refused() -> None:
+@pytest.mark.parametrize("device", ["pi@localhost", "pi@localhost:99999", 5])
+def test_an_address_without_a_port_is_refused(device: Any) -> None:
     with pytest.raises(ConfigError, match="KEY@HOST:PORT"):
-        Tuning("tuned.sqlite", device="pi@localhost")
+        Tuning("tuned.sqlite", device=device)
+
+
+def test_a_device_without_a_database_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        Tuning(device="pi@localhost:9190")
+
+
+def test_what_is_no_path_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="the tuning database is True"):
+        qcompile.compile(model, calibration=images(), tuning=True)  # type: ignore[arg-type]
 
 
 def test_a_database_that_is_only_read_must_be_there(model: nn.Module, tmp_path: Path) -> None:
