@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import table
-from benchmarks.engines import OURS
+from benchmarks.engines import OURS, UNTUNED
 from benchmarks.plot import draw
 from benchmarks.results import Report, Run, Workload
 
+TIE = 0.1
 PAGE, PICTURE = "benchmarks.md", "benchmarks.svg"
 
 INTRODUCTION = """\
@@ -38,6 +39,7 @@ METHOD = """\
 - **File**: all that a device needs besides the engine itself. **Compile**: from the float model in memory
   or in ONNX to these files, calibration included, importing the engine's packages not.
 - **Cold start**: from the start of a Python process to its first answer, with the files in the page cache.
+  OpenVINO compiles the network while it loads it; a cache of its own, which would spare it that, is not used.
   **Memory**: the most that this process held (VmHWM). The same script starts every engine.
 - **SQNR** and **same top-1** compare the outputs with the float model's on held-out data. They belong next
   to the speed, since an engine can be fast by leaving out what it should compute; they are no measure of
@@ -81,20 +83,22 @@ def page(report: Report, avx2: Report | None) -> str:
 
 
 def summary(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """One row a run: this project and the best peer."""
-    columns = ("workload", "threads", f"{OURS} ms", "best peer", "its ms", "speed", "of peak")
+    """One row a run: this project and the best peer. What is no tie is bold."""
+    columns = ("workload", "threads", f"{OURS} ms", "untuned ms", "best peer", "its ms", "speed", "of peak")
     rows: list[Sequence[str]] = []
     for workload in report.workloads:
         for run in workload.runs:
-            ours, best = run.engines.get(OURS), run.engines.get(run.best_peer or "")
+            ours, untuned, best = (run.engines.get(name or "") for name in (OURS, UNTUNED, run.best_peer))
+            speed = table.speed(ours.speed) if ours and ours.speed else ""
             rows.append(
                 (
                     workload.name,
                     str(run.threads),
                     table.milliseconds(ours.ms) if ours else "failed",
+                    table.milliseconds(untuned.ms) if untuned else "",
                     run.best_peer or "",
                     table.milliseconds(best.ms) if best else "",
-                    f"**{table.speed(ours.speed)}**" if ours and ours.speed else "",
+                    f"**{speed}**" if ours and ours.speed and abs(ours.speed - 1) > TIE else speed,
                     table.share(ours.share_of_peak) if ours else "",
                 )
             )

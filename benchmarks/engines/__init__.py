@@ -10,9 +10,9 @@ from benchmarks.engines.onnx_runtime import OnnxRuntime, OnnxRuntimeDynamic, Onn
 from benchmarks.engines.openvino_runtime import OpenVino, OpenVinoInt8
 from benchmarks.engines.ours import Qcompile, QcompileUntuned
 
-__all__ = ["AVX2", "ENGINES", "OURS", "UNRESTRICTED", "Array", "Engine", "Source"]
+__all__ = ["AVX2", "ENGINES", "OURS", "UNRESTRICTED", "UNTUNED", "Array", "Engine", "Source"]
 
-OURS = Qcompile.name
+OURS, UNTUNED = Qcompile.name, QcompileUntuned.name
 _UNRESTRICTED: tuple[Engine, ...] = (
     Qcompile(),
     QcompileUntuned(),
