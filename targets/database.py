@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
 from importlib.metadata import version
@@ -66,6 +66,8 @@ create table if not exists entries (
 )
 """
 _REPLACE = ", ".join(f"{name} = excluded.{name}" for name in ("config", "gain", "microseconds", "processor"))
+_MARKS = ", ".join("?" * len(fields(Entry)))
+_PUT = f"insert into entries ({_COLUMNS}) values ({_MARKS}) on conflict do update set {_REPLACE}"
 
 
 def features_of(target: Target) -> str:
@@ -77,6 +79,15 @@ def toolchain() -> str:
     return f"qcompile {version('qcompile')}, apache-tvm {version('apache-tvm')}"
 
 
+def nearest(entries: Iterable[Entry], target: Target, threads: int) -> Chosen:
+    """The configs for `target`, of each kernel the one measured with a number of threads nearest to `threads`; of
+    two that are as near the later of `entries`."""
+    key = features_of(target), toolchain()
+    found = [entry for entry in entries if (entry.features, entry.toolchain) == key]
+    found.sort(key=lambda entry: -abs(entry.threads - threads))  # the nearest last: it wins
+    return {(entry.operator, entry.shape): json.loads(entry.config) for entry in found}
+
+
 class Database:
     """A tuning database; every call opens the file anew, so it may be shared and even replaced meanwhile."""
 
@@ -85,12 +96,8 @@ class Database:
 
     def add(self, entry: Entry) -> None:
         """Remember `entry`, in place of an older one with its key. Safely on disk when this returns."""
-        marks = ", ".join("?" * len(fields(Entry)))
         with self._write() as connection:
-            connection.execute(
-                f"insert into entries ({_COLUMNS}) values ({marks}) on conflict do update set {_REPLACE}",
-                astuple(entry),
-            )
+            connection.execute(_PUT, astuple(entry))
 
     def merge(self, other: str | Path) -> int:
         """Take over the entries of `other` that are new or have the greater gain; returns how many.
@@ -99,14 +106,9 @@ class Database:
             ConfigError: either is no tuning database.
         """
         taken = Database(other).entries()
-        marks = ", ".join("?" * len(fields(Entry)))
         with self._write() as connection:
             before = connection.total_changes
-            connection.executemany(
-                f"insert into entries ({_COLUMNS}) values ({marks}) on conflict do update set {_REPLACE}"
-                " where excluded.gain > entries.gain",
-                map(astuple, taken),
-            )
+            connection.executemany(f"{_PUT} where excluded.gain > entries.gain", map(astuple, taken))
             return connection.total_changes - before
 
     def entries(self) -> list[Entry]:
@@ -137,22 +139,14 @@ class Database:
             )
         return entry
 
-    def chosen(self, target: Target, threads: int, *, exactly: bool = False, missing_ok: bool = True) -> Chosen:
-        """The configs for `target`: those measured with `threads`; else, unless `exactly`, with a number near it.
+    def chosen(self, target: Target, threads: int, *, exactly: bool = False) -> Chosen:
+        """The `nearest` of its configs, or only those measured with `threads`; none where there is no file yet.
 
         Raises:
-            ConfigError: the file is no tuning database; or is missing, unless `missing_ok`.
+            ConfigError: the file is no tuning database.
         """
-        if missing_ok and not self.path.exists():
-            return {}
-        key = features_of(target), toolchain()
-        found = [entry for entry in self.entries() if (entry.features, entry.toolchain) == key]
-        found.sort(key=lambda entry: -abs(entry.threads - threads))  # the nearest last: it wins
-        return {
-            (entry.operator, entry.shape): json.loads(entry.config)
-            for entry in found
-            if entry.threads == threads or not exactly
-        }
+        entries = self.entries() if self.path.exists() else []
+        return nearest([e for e in entries if e.threads == threads or not exactly], target, threads)
 
     def prepare(self) -> None:
         """Make the file where there is none; a place that cannot be written to is found before any work.

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from qcompile.targets.base import Target
 from qcompile.targets.build import linker
 from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.emitters import EMITTERS
-from qcompile.targets.database import SHIPPED, Database, Entry, features_of, toolchain
+from qcompile.targets.database import SHIPPED, Database, Entry, features_of, nearest, toolchain
 from qcompile.targets.lower import lower
 from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, ignore_interrupts, race
 from qcompile.targets.trial import Trial
@@ -79,18 +79,13 @@ def best_known(
     Raises:
         ConfigError: there is no such database, or it is none. And what `tune` raises.
     """
-    used = threads or cores()
     tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
     if tuning.database is not None and tuning.measure:
         tune(program, target, tuning, threads, progress)
-    known: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for exactly in (False, True):  # what was measured with as many threads overrides all else
-        if tuning.shipped:
-            known.update(Database(SHIPPED).chosen(target, used, exactly=exactly))
-        if tuning.database is not None:
-            own = Database(tuning.database)
-            known.update(own.chosen(target, used, exactly=exactly, missing_ok=tuning.measure))
-    return known
+    entries = Database(SHIPPED).entries() if tuning.shipped else []
+    if tuning.database is not None:
+        entries += Database(tuning.database).entries()
+    return nearest(entries, target, threads or cores())
 
 
 def tune(
