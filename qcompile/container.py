@@ -35,9 +35,8 @@ MANIFEST = "manifest.json"
 _COMMENT = b"qcompile-qcm %04d sha256 %s"
 _DIGEST_BYTES = 64
 _COMMENT_BYTES = len(_COMMENT % (FORMAT, b"0" * _DIGEST_BYTES))
-_LOCAL_HEADER = struct.Struct(
-    "<4s14xIIHH"
-)  # a zip's, up to the name: signature, sizes, lengths of name and extra field
+# A zip's, up to the name: signature, compressed and plain size, lengths of name and extra field.
+_LOCAL_HEADER = struct.Struct("<4s14xIIHH")
 _BROKEN = (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _COPY_AGAIN = "copy or download the file again, or save it again"
 

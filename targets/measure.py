@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tvm
+from safetensors.numpy import load_file
+from tvm import relax, rpc
+
+from qcompile.targets.build import compile_module, link
 
 BLOCK_SECONDS = 0.004  # of calls, for one figure
 FIRST_ROUNDS, FINALISTS = 3, 6
@@ -61,8 +66,6 @@ def ignore_interrupts() -> None:
 
 def build_candidate(module: Any, tvm_target: dict[str, Any], linker: str, path: Path) -> None:
     """Compile `module` to a shared object."""
-    from qcompile.targets.build import compile_module, link
-
     link(compile_module(module, tvm_target, keep_unused=True), path, linker)
 
 
@@ -111,22 +114,14 @@ class _Device:
     """Where candidates run: this process, or an RPC session."""
 
     def __init__(self, session: Any = None) -> None:
-        import tvm
-
         self._session = session
         self._cpu = tvm.cpu() if session is None else session.cpu()
 
     def tensor(self, array: np.ndarray) -> Any:
-        import tvm
-
         return tvm.runtime.tensor(array, self._cpu)
 
     def load(self, candidate: Candidate) -> tuple[Any, list[Any]]:
         """The library's machine, and the constants where the device can read them."""
-        import tvm
-        from safetensors.numpy import load_file
-        from tvm import relax
-
         if self._session is None:
             module = tvm.runtime.load_module(str(candidate.library))
         else:
@@ -143,9 +138,6 @@ class _Device:
 
 @contextmanager
 def _device(threads: int, remote: Remote | None) -> Iterator[_Device]:
-    import tvm
-    from tvm import rpc
-
     if remote is None:
         tvm.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
         yield _Device()

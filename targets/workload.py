@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -40,7 +41,7 @@ class Workload:
     isa: InstructionSet
     symbols: tuple[tirx.Var, ...]
 
-    @property
+    @cached_property  # it looks at every weight
     def key(self) -> tuple[str, str]:
         """(operator, shape): all that the speed of a config depends on, and nothing else."""
         return self.generator.name, describe(self.shape.flat(), dot_of(self.filters, self.isa).name, self.symbols)
