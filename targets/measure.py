@@ -1,12 +1,11 @@
-"""What tuning runs in processes of its own, through TVM's pool of them: building a candidate, and racing several.
+"""What tuning runs in processes of its own: building a candidate, and racing several.
 
-A worker may crash or hang; the pool ends it and starts another. Measuring is the same on this machine and
-on a device behind a TVM RPC tracker: there a session takes the place of the local runtime.
+Measuring is the same on this machine and on a device behind a TVM RPC tracker: there a session takes the place
+of the local runtime.
 """
 
 from __future__ import annotations
 
-import signal
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,11 +56,6 @@ class Candidate:
     library: Path
     constants: Path
     pools: tuple[str, ...]
-
-
-def ignore_interrupts() -> None:
-    """Ctrl-C is for the process that tunes; it ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def build_candidate(module: Any, tvm_target: dict[str, Any], linker: str, path: Path) -> None:

@@ -13,17 +13,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
-import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import save_file
-from tvm.support.popen_pool import PopenPoolExecutor
 
 from qcompile.device import cores, lacks, processor
 from qcompile.errors import BuildError, ConfigError, DeviceError
@@ -34,12 +31,13 @@ from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, nearest, toolchain
 from qcompile.targets.lower import lower
-from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, ignore_interrupts, race
+from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, race
 from qcompile.targets.trial import Trial
+from qcompile.targets.workers import Workers
 from qcompile.targets.workload import Chosen, Workload
 from qcompile.tuning import Tuning
 
-NEEDED = ("cloudpickle", "psutil")  # by TVM's pool of processes
+NEEDED = ("cloudpickle", "psutil")  # by TVM's worker processes
 MOST_CANDIDATES = 24
 TIMEOUT = 120.0  # seconds, for building, checking or racing
 MOST_FAILURES = 3  # kernels that cannot be measured: then it is not them
@@ -130,7 +128,9 @@ def tune(
     known = database.chosen(target, threads, exactly=True)
     unknown = [workload for workload in lower(program, target, EMITTERS).workloads if workload.key not in known]
     failures = 0
-    with Tuner(program, target, threads, remote) as tuner:
+    # All cores build together; measuring is one task at a time, while the other workers sleep.
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder, Workers(cores(), TIMEOUT) as workers:
+        tuner = Tuner(program, target, threads, remote, workers, Path(folder))
         for done, workload in enumerate(unknown):
             if progress is not None:
                 progress("tuning", done, len(unknown))
@@ -161,29 +161,14 @@ def _reach(remote: Remote) -> None:
 
 
 class Tuner:
-    """Measures the kernels of one program; holds the processes that do so."""
+    """Measures the kernels of one program."""
 
-    def __init__(self, program: Program, target: Target, threads: int, remote: Remote | None) -> None:
+    def __init__(
+        self, program: Program, target: Target, threads: int, remote: Remote | None, workers: Workers, folder: Path
+    ) -> None:
         self._program, self._target, self._threads, self._remote = program, target, threads, remote
+        self._workers, self._folder = workers, folder
         self._linker = linker(target)
-        # Its processes build together; measuring is one task at a time, while the others sleep.
-        self._pool = PopenPoolExecutor(
-            cores(), TIMEOUT, ignore_interrupts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self._pending: list[Future[Any]] = []
-
-    def __enter__(self) -> Tuner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for future in self._pending:  # or the pool would start processes anew for them
-            future.cancel()
-        self._pool.shutdown(wait=False)
-
-    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        self._pending = [future for future in self._pending if not future.done()]
-        self._pending.append(self._pool.submit(function, *arguments))
-        return self._pending[-1]
 
     def best(self, workload: Workload, database: Database) -> Tuned:
         """Race the candidates of `workload`, and remember the winner.
@@ -195,7 +180,8 @@ class Tuner:
         kernels = [workload.kernel(config) for config in configs]
         trial = Trial(self._program, workload)
         failed: dict[int, str] = {}
-        with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
+        # Interrupted, its files are still written while it is removed; what stays goes with self._folder.
+        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
             candidates = self._built(trial, kernels, Path(folder), failed)
             for i, candidate in candidates.items():
                 self._check(trial, i, candidate, failed)
@@ -203,7 +189,9 @@ class Tuner:
             if 0 not in right:
                 raise self._unusable(workload, kernels[0], failed[0])
             try:
-                shown = self._submit(race, right, trial.inputs[0], self._threads, trial.calls, self._remote).result()
+                shown = self._workers.submit(
+                    race, right, trial.inputs[0], self._threads, trial.calls, self._remote
+                ).result()
             except Exception as error:
                 raise self._unusable(workload, kernels[0], _reason(error)) from error
         fastest = max(shown, key=lambda i: shown[i][1])
@@ -235,7 +223,7 @@ class Tuner:
             candidate = Candidate(folder / f"{i}.so", folder / f"{i}.safetensors", tuple(kernel.pools()))
             save_file(trial.constants(kernel), candidate.constants)
             module = trial.module(kernel)
-            build = self._submit(build_candidate, module, self._target.tvm, self._linker, candidate.library)
+            build = self._workers.submit(build_candidate, module, self._target.tvm, self._linker, candidate.library)
             pending[i] = candidate, build
         for i, (_, build) in pending.items():
             try:
@@ -247,7 +235,7 @@ class Tuner:
     def _check(self, trial: Trial, i: int, candidate: Candidate, failed: dict[int, str]) -> None:
         """Hold a candidate to the bits of the reference."""
         try:
-            given = self._submit(answers, candidate, trial.inputs, self._threads, self._remote).result()
+            given = self._workers.submit(answers, candidate, trial.inputs, self._threads, self._remote).result()
         except Exception as error:  # noqa: BLE001
             failed[i] = _reason(error)
             return

@@ -1,0 +1,80 @@
+"""Processes that build and measure for tuning: TVM's workers, which may crash or hang and are started anew.
+
+TVM's own pool of them closes a worker's pipes while the thread that drives it still reads from them, so that
+ending the pool in the middle of its work may fail or hang. Here the process is ended instead, and each thread
+finds that out by itself.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+from tvm.support.popen_pool import PopenWorker, kill_child_processes
+
+_POLL = 0.005  # seconds
+
+
+class Workers:
+    """So many processes, started when first needed. Leaving the context ends them and all that they started.
+
+    Args:
+        timeout: of a task, in seconds.
+    """
+
+    def __init__(self, count: int, timeout: float) -> None:
+        self._timeout = timeout
+        self._workers = [_Worker() for _ in range(count)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(count)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        while self._idle.qsize() < len(self._workers):  # a thread may just have started a process: ask again
+            for worker in self._workers:
+                worker.end()
+            time.sleep(_POLL)
+        for worker in self._workers:
+            worker.kill()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """`function(*arguments)` in one of the processes.
+
+        The future raises what the function raised, TimeoutError, or ChildProcessError where the process ended.
+        """
+        return self._threads.submit(self._run, function, arguments)
+
+    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        worker = self._idle.get()
+        try:
+            worker.send(function, arguments, timeout=self._timeout)
+            return worker.recv()
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker(PopenWorker):
+    def __init__(self) -> None:
+        super().__init__(_ignore_interrupts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def end(self) -> None:
+        """End the process, from whatever thread; the one that drives it is told that the process ended."""
+        process = self._proc
+        if process is not None:
+            kill_child_processes(process.pid)
+            process.kill()
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C in a terminal reaches all processes, but only the one that tunes shall act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
