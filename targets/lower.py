@@ -169,16 +169,26 @@ class Lowering:
     def fill(self, node: fx.Node) -> int:
         return self.planned[node].fill
 
-    def use(self, node: fx.Node, channels_last: bool, halo: Halo = NO_HALO, fill: int = 0, pitch: int = PITCH) -> Value:
+    def use(
+        self,
+        node: fx.Node,
+        channels_last: bool,
+        halo: Halo = NO_HALO,
+        fill: int = 0,
+        pitch: int = PITCH,
+        tight: bool = False,
+    ) -> Value:
         """The value of `node` in a layout of the asked kind, copied when it is in another.
 
-        `halo` is the margin that must hold `fill`; `pitch` what the allocated channels must be a multiple of.
+        `halo` is the margin that must hold `fill`; `pitch` what the allocated channels must be a multiple of,
+        unless it is `tight` and none are allocated beyond the logical ones.
         """
         value = self.values[node]
         layout = self._layout(value)
         channels_last = channels_last and len(layout.shape) > 2
         kind = layout.channels_last == channels_last or len(layout.shape) < 2
         roomy = layout.pitch % pitch == 0 and layout.pitch >= layout.channels
+        roomy = roomy or (tight and layout.pitch == layout.channels)
         margin = all(a >= b for a, b in zip(layout.halo, halo, strict=True))
         if kind and roomy and margin and (halo == NO_HALO or value.fill == fill):
             return value

@@ -2,7 +2,8 @@
 
 Convolutions and pools work channels-last, linear layers on rows; elementwise operators follow the
 values they touch. A convolution's padding becomes a halo that the producer of its input writes. A
-network input of up to four channels that only feeds convolutions is stored with four bytes a pixel.
+network input of up to four channels that only feeds convolutions is stored with four bytes a pixel, or
+with as many as it has channels where that saves multiplications.
 The choice is about speed only: a consumer that finds another layout has the value copied.
 """
 
@@ -72,6 +73,21 @@ def padding_of(conv: fx.Node) -> Halo:
     return tuple(pads) if conv.target is q.conv2d.default else (0, 0, *pads)
 
 
+def joins_taps(conv: fx.Node) -> bool:
+    """Whether its kernel can sum a row of taps as one, from pixels that have no bytes between them."""
+    a: Any = conv.args
+    columns, channels = int(a[1].meta["val"].shape[-1]), int(a[0].meta["val"].shape[1])
+    dilation = a[10][1] if conv.target is q.conv2d.default else a[10]
+    return dilation == 1 and a[11] == 1 and columns > 1 and columns * channels >= 4
+
+
+def _saves_groups(conv: fx.Node) -> bool:
+    """Whether joined taps are fewer groups of four channels."""
+    a: Any = conv.args
+    columns, channels = int(a[1].meta["val"].shape[-1]), int(a[0].meta["val"].shape[1])
+    return joins_taps(conv) and align(columns * channels, 4) < columns * align(channels, 4)
+
+
 def _convolutions(node: fx.Node) -> list[fx.Node]:
     """The convolutions that read `node` as their input (not as a residual)."""
     convs = (q.conv2d.default, q.conv1d.default)
@@ -132,7 +148,9 @@ def plan(graph: fx.Graph, shapes: dict[fx.Node, tuple[Dim, ...]]) -> dict[fx.Nod
             u.target is q.conv2d.default and u.args[11] == 1 and "residual" not in u.kwargs for u in convs
         )
         few = int(shape[1]) <= 4 and len(shape) == 4 and only_convs
-        pitch = 4 if few and node.target is q.quantize.default else align(int(shape[1]), PITCH)
+        pitch = align(int(shape[1]), PITCH)
+        if few and node.target is q.quantize.default:
+            pitch = int(shape[1]) if all(map(_saves_groups, convs)) else 4
         layout = Layout(shape, True, pitch, halo)  # type: ignore[arg-type]
         planned[node] = Planned(layout, fills.pop() if agree else 0)
     return planned

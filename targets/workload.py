@@ -44,7 +44,8 @@ class Workload:
     @cached_property  # it looks at every weight
     def key(self) -> tuple[str, str]:
         """(operator, shape): all that the speed of a config depends on, and nothing else."""
-        return self.generator.name, describe(self.shape.flat(), dot_of(self.filters, self.isa).name, self.symbols)
+        dot = dot_of(self.shape, self.filters, self.isa)
+        return self.generator.name, describe(self.shape.flat(), dot.name, self.symbols)
 
     def configs(self) -> list[Any]:
         return self.generator.configs(self.shape, self.filters, self.isa)

@@ -7,9 +7,10 @@ A register tile computes `rows` neighbouring output pixels x `vectors` vectors o
 
 The input's halo stands for the padding. A grouped convolution reads, for each block of output
 channels, the range of input channels that its groups cover; weights outside a group are zero.
-A linear layer is a 1x1 convolution over one long row of pixels; so is any 1x1 convolution with
-stride 1 between tensors without halo. The zero point of the input is folded into the bias:
-sum (x - zp) w = sum x w - zp sum w, exact in wrapping int32 because the true value fits.
+Where pixels have no bytes between them, a row of taps is one tap of more channels: 7 x 3 channels are
+six groups of four, not seven. A linear layer is a 1x1 convolution over one long row of pixels; so is
+any 1x1 convolution with stride 1 between tensors without halo. The zero point of the input is folded
+into the bias: sum (x - zp) w = sum x w - zp sum w, exact in wrapping int32 because the true value fits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
     """For each block of output channels the first input channel it reads, and how many groups of four."""
     ic, oc = shape.x.channels, shape.y.channels
     if shape.groups == 1:
-        return [0], align(ic, 4) // 4
+        return [0], align(shape.joined * ic, 4) // 4
     per_in, per_out = ic // shape.groups, oc // shape.groups
     first, last = [], []
     for start in range(0, oc, block):
@@ -70,35 +71,51 @@ def pack(
     weight: np.ndarray, shape: ConvShape, config: ConvConfig, isa: InstructionSet, dot: DotProduct
 ) -> PackedWeights:
     """`weight` (out channels, in channels / groups, KH, KW) int8 -> the kernel's order."""
-    oc, per_in, kh, kw = weight.shape
+    oc = len(weight)
     block = config.vectors * isa.lanes
     starts, fours = channel_ranges(shape, block)
     blocks = align(oc, block) // block
     per_out = oc // shape.groups
-    span = fours * 4
-    full = np.zeros((blocks * block, kh, kw, span), np.int8)
-    taps = weight.transpose(0, 2, 3, 1)
+    taps = in_fours(weight, shape)
+    kh, kw, per_in = taps.shape[1:]
+    full = np.zeros((blocks * block, kh, kw, fours * 4), np.int8)
     for c in range(oc) if shape.groups > 1 else ():
         at = c // per_out * per_in - starts[c // block]
         full[c, :, :, at : at + per_in] = taps[c]
     if shape.groups == 1:
-        full[:oc, :, :, :per_in] = taps
+        full[:oc] = taps
     ordered = full.reshape(blocks, block, kh, kw, fours, 4)[:, channel_order(config, isa)]
     grouped = ordered.reshape(blocks, config.vectors, isa.lanes, kh, kw, fours, 4).transpose(0, 3, 4, 5, 1, 2, 6)
     return PackedWeights(dot.pack(grouped), starts, fours)
 
 
-def dot_of(filters: Filters, isa: InstructionSet) -> DotProduct:
+def in_fours(weight: np.ndarray, shape: ConvShape) -> np.ndarray:
+    """(out channels, in channels / groups, KH, KW) -> (out channels, KH, taps, channels), with rows of taps joined.
+
+    Ungrouped, the channels are a multiple of four. Those of joined taps end with the last four bytes of the row,
+    so that nothing beyond it is read; what the last two groups of four both cover counts once.
+    """
+    oc, per_in, kh, kw = weight.shape
+    taps = weight.transpose(0, 2, 3, 1).reshape(oc, kh, kw // shape.joined, per_in * shape.joined)
+    if shape.groups > 1:
+        return taps
+    rest = taps.shape[3] % 4
+    last = taps.shape[3] - (rest if shape.joined > 1 else 0)
+    zeros = np.zeros((*taps.shape[:3], -rest % 4), np.int8)
+    return np.concatenate([taps[..., :last], zeros, taps[..., last:]], 3)
+
+
+def dot_of(shape: ConvShape, filters: Filters, isa: InstructionSet) -> DotProduct:
     """The fastest dot product that is exact for these weights."""
-    taps = filters.weight.transpose(0, 2, 3, 1)
+    taps = in_fours(filters.weight, shape)
     taps = np.pad(taps, [(0, 0)] * 3 + [(0, -taps.shape[3] % 4)])
     return isa.dot_for(taps.reshape(*taps.shape[:3], -1, 4))
 
 
 def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[ConvConfig]:
     """Every tile for these filters, the most promising first."""
-    steps = int(np.prod(shape.kernel)) * channel_ranges(shape, isa.lanes)[1]
-    return tiles(shape.flat(), isa, dot_of(filters, isa), steps)
+    steps = int(np.prod(shape.kernel)) // shape.joined * channel_ranges(shape, isa.lanes)[1]
+    return tiles(shape.flat(), isa, dot_of(shape, filters, isa), steps)
 
 
 def conv(
@@ -111,7 +128,7 @@ def conv(
 ) -> Kernel:
     """The kernel of one convolution."""
     config = config or configs(shape, filters, isa)[0]
-    shape, dot = shape.flat(), dot_of(filters, isa)
+    shape, dot = shape.flat(), dot_of(shape, filters, isa)
     packed = pack(filters.weight, shape, config, isa, dot)
 
     def in_lanes(per_channel: np.ndarray) -> np.ndarray:
@@ -151,6 +168,8 @@ def _build(
     panel_size = vectors * dot.planes * element  # elements of weight per (tap, k)
     lines: Dim = batch * height
     one_line = isinstance(lines, int) and lines == 1
+    row = shape.joined * shape.x.channels
+    overlapping = shape.joined > 1 and row % 4 != 0  # the last two groups of four
     # One long row is cut into tiles across threads; otherwise a thread takes whole image rows.
     full = width // rows
     rest = width % rows if isinstance(width, int) else None
@@ -182,7 +201,7 @@ def _build(
                         n,
                         h * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
                         (w + i) * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
-                        first + k * 4,
+                        first + (T.min(k * 4, row - 4) if overlapping else k * 4),
                     )
                     four = dot.prepare(T.reinterpret("int32", load(x, pixel, 4)))
                     for j in range(vectors):

@@ -223,7 +223,7 @@ def quantize(
         ints, reals = args.constants(integers=integers, floats=floats)
         args.symbols(symbols)
         out = args.buffer("y", y.size, isa.storage)
-        if y.channels_last and y.pitch == 4 and len(x_shape) == 4 and isinstance(x_shape[3], int):
+        if y.channels_last and y.pitch <= 4 and len(x_shape) == 4 and isinstance(x_shape[3], int):
             _interleave(source, x_shape, out, y, ints, reals, isa)
         else:
 
@@ -238,7 +238,7 @@ def quantize(
 def _interleave(
     source: Any, shape: tuple[Dim, ...], out: Any, y: Layout, ints: Any, reals: Any, isa: InstructionSet
 ) -> None:
-    """Float planes -> pixels of four bytes: the channels of a pixel are the bytes of one int32."""
+    """Float planes -> pixels of up to four bytes: the channels of a pixel are the low bytes of one int32."""
     batch, channels, height, width = shape
     with launch(batch * height, y.size) as line:
         n, h = T.floordiv(line, height), T.floormod(line, height)
@@ -252,7 +252,10 @@ def _interleave(
                     byte = T.bitwise_and(byte, splat(T.int32(255), lanes))
                     word = T.bitwise_or(word, T.shift_left(byte, splat(T.int32(8 * c), lanes)))
                 pixels = T.reinterpret(vector_type(isa.storage, 4 * lanes), word)
-                store(out, y.offset(n, h, w, 0), pixels, 4 * lanes)
+                if y.pitch < 4:
+                    kept = [4 * pixel + c for pixel in range(lanes) for c in range(y.pitch)]
+                    pixels = T.Shuffle([pixels], kept)
+                store(out, y.offset(n, h, w, 0), pixels, y.pitch * lanes)
 
 
 def dequantize(

@@ -23,6 +23,12 @@ class ConvShape:
     dilation: tuple[int, int]
     groups: int
 
+    @property
+    def joined(self) -> int:
+        """How many taps of a row of the kernel are summed as one, because their channels lie side by side in memory."""
+        side_by_side = self.x.pitch == self.x.channels and self.dilation[1] == 1 and self.groups == 1
+        return self.kernel[1] if side_by_side and self.kernel[1] * self.x.channels >= 4 else 1
+
     def flat(self) -> ConvShape:
         """As one long row of pixels, where pixels of input and output correspond one to one."""
         layouts = (self.x, self.y, *([self.residual] if self.residual else []))

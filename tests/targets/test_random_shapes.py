@@ -3,7 +3,7 @@ of the output, its halo included, is the reference's, whatever was in memory bef
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ class Geometry:
     extra: Halo  # of the input, beyond the padding
     halo: Halo  # of the output
     slack: int  # vectors of unused channels in every pixel of the output
+    tight: bool  # no unused channels in any pixel of the input, where the kernel allows that
     seed: int
 
     @property
@@ -84,6 +85,7 @@ def geometries(draw: st.DrawFn, depthwise: bool = False) -> Geometry:
         extra=draw(HALOS),
         halo=draw(HALOS),
         slack=draw(st.integers(0, 1)),
+        tight=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
     assume(all(extent > 0 for extent in geometry.out))
@@ -107,9 +109,9 @@ def mismatching(geometry: Geometry, target: str, config: Any) -> int:
     where = get(target)
     isa, g, rng = where.isa, torch.Generator().manual_seed(geometry.seed), np.random.default_rng(geometry.seed)
     x = random_int8(g, geometry.batch, geometry.channels, *geometry.size)
-    shape = (geometry.out_channels, geometry.channels // geometry.groups, *geometry.kernel)
+    weight_shape = (geometry.out_channels, geometry.channels // geometry.groups, *geometry.kernel)
     residual = random_int8(g, geometry.batch, geometry.out_channels, *geometry.out) if geometry.residual else None
-    (weight, bias, m, x_zp, zp, lo, hi), numbers = weighted_numbers(g, shape, residual is not None)
+    (weight, bias, m, x_zp, zp, lo, hi), numbers = weighted_numbers(g, weight_shape, residual is not None)
     places = (list(v) for v in (geometry.stride, geometry.padding, geometry.dilation))
     want = CONV2D.op(
         x,
@@ -128,7 +130,7 @@ def mismatching(geometry: Geometry, target: str, config: Any) -> int:
     x_layout = _layout(x, tuple(p + e for p, e in zip(geometry.padding, geometry.extra, strict=True)), 0)
     y_layout = _layout(want, geometry.halo, geometry.slack)
     other = None if residual is None else _layout(residual, geometry.extra, 1 - geometry.slack)
-    shape_of = ConvShape(
+    shape = ConvShape(
         x_layout,
         y_layout,
         other,
@@ -138,11 +140,14 @@ def mismatching(geometry: Geometry, target: str, config: Any) -> int:
         geometry.dilation,
         geometry.groups,
     )
+    tight = replace(shape, x=replace(x_layout, pitch=geometry.channels))
+    if geometry.tight and tight.joined > 1:
+        shape = tight
     requantize = Requantize(zp, lo, hi, numbers.get("residual_m", 0.0), numbers.get("residual_zero_point", 0))
     generate: Any = {DepthwiseConfig: depthwise, DepthwiseDotConfig: depthwise_dot}.get(type(config), conv)
     filters = Filters(weight.numpy(), bias.numpy(), m.numpy(), x_zp)
-    kernel = generate(shape_of, filters, requantize, isa, config=config)
-    inputs = [stored(x.numpy(), x_layout, x_zp, isa, rng)]
+    kernel = generate(shape, filters, requantize, isa, config=config)
+    inputs = [stored(x.numpy(), shape.x, x_zp, isa, rng)]
     if residual is not None and other is not None:
         inputs.append(stored(residual.numpy(), other, 0, isa, rng))
     return wrong(call(kernel, where, inputs, y_layout.size, rng), y_layout, want.contiguous().numpy(), zp, isa)
@@ -157,6 +162,19 @@ def _layout(x: Tensor, halo: tuple[int, ...], slack: int) -> Layout:
 @bounded
 @given(data=st.data(), geometry=geometries())
 def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, data: st.DataObject) -> None:
+    config = data.draw(st.none() | legal_configs(geometry, get(target).isa.lanes))
+    assert mismatching(geometry, target, config) == 0
+
+
+@pytest.mark.parametrize("target", X86)
+@bounded
+@given(data=st.data(), geometry=geometries(), channels=st.integers(1, 18))
+def test_a_row_of_taps_without_bytes_between_them_is_summed_as_one(
+    target: str, geometry: Geometry, channels: int, data: st.DataObject
+) -> None:
+    (rows, columns), (down, _) = geometry.kernel, geometry.dilation
+    kernel, size = (rows, columns + 1), (geometry.size[0], geometry.size[1] + 1)
+    geometry = replace(geometry, channels=channels, size=size, kernel=kernel, dilation=(down, 1), groups=1, tight=True)
     config = data.draw(st.none() | legal_configs(geometry, get(target).isa.lanes))
     assert mismatching(geometry, target, config) == 0
 
