@@ -11,15 +11,18 @@ See `qcompile.container` for the file, its checks and what they do and do not pr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from qcompile import container, tensors
 from qcompile.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Dimension = int | tuple[str, int, int]
 """A number, or (symbol, smallest, largest)."""
@@ -77,8 +80,7 @@ class PassRow(NamedTuple):
     nodes_after: int
 
 
-@dataclass(frozen=True, eq=False)  # arrays do not compare
-class Variant:
+class Variant(NamedTuple):
     """The machine code for one target.
 
     Attributes:
@@ -94,8 +96,11 @@ class Variant:
     machine: str
     features: tuple[str, ...]
     rank: int
-    library: container.Buffer = field(repr=False)
-    constants: Mapping[str, np.ndarray] = field(repr=False)
+    library: container.Buffer
+    constants: Mapping[str, np.ndarray]
+
+    def __repr__(self) -> str:
+        return f"Variant({self.name!r}, {len(self.library)} bytes of code)"
 
 
 class Golden(NamedTuple):
@@ -105,8 +110,7 @@ class Golden(NamedTuple):
     outputs: tuple[np.ndarray, ...]
 
 
-@dataclass(frozen=True, eq=False)  # arrays do not compare
-class Artifact:
+class Artifact(NamedTuple):
     """A compiled model.
 
     Attributes:
@@ -128,9 +132,12 @@ class Artifact:
     variants: tuple[Variant, ...]
     coverage: tuple[CoverageRow, ...] = ()
     passes: tuple[PassRow, ...] = ()
-    toolchain: Mapping[str, str] = field(default_factory=dict)
+    toolchain: Mapping[str, str] = MappingProxyType({})
     golden: tuple[Golden, ...] = ()
     tolerance: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"Artifact({self.inputs} -> {self.outputs}, {self.variants})"
 
     @property
     def exact(self) -> bool:
@@ -152,7 +159,7 @@ class Artifact:
             ArtifactError: the folder does not exist or cannot be written.
         """
         try:
-            container.write_atomically(Path(path), self.to_bytes())
+            container.write_atomically(os.fspath(path), self.to_bytes())
         except OSError as error:
             raise ArtifactError(
                 f"the artifact cannot be saved: {error.strerror}",
@@ -167,7 +174,7 @@ class Artifact:
         Raises:
             ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
         """
-        return Artifact.from_bytes(container.map_file(Path(path)), where=str(path))
+        return Artifact.from_bytes(container.map_file(os.fspath(path)), where=str(path))
 
     @staticmethod
     def from_bytes(data: container.Buffer, *, where: str = "bytes") -> Artifact:

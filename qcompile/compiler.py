@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -195,7 +194,7 @@ def compile_program(
         toolchain={name: version(name) for name in ("qcompile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")},
         tolerance=FLOAT_TOLERANCE if any(row.kind == "float" for row in coverage) else 0.0,
     )
-    artifact = replace(artifact, golden=golden_cases(program))
+    artifact = artifact._replace(golden=golden_cases(program))
     return CompiledModel(artifact, program, target, threads=threads, chosen=chosen)
 
 

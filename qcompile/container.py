@@ -21,7 +21,6 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import ArtifactError
@@ -89,14 +88,15 @@ def _outside(whole: Buffer, spans: list[tuple[int, int]]) -> bytes:
     return _digest([*parts, view[at:-_DIGEST_BYTES]]).encode()
 
 
-def write_atomically(path: Path, data: Buffer) -> None:
+def write_atomically(path: str, data: Buffer) -> None:
     """Write so that `path` holds either what it held before or all of `data`, whatever happens.
 
     A temporary file beside it is written, flushed to the disk, then put in its place in one step.
     """
     from tempfile import mkstemp
 
-    handle, temporary = mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, temporary = mkstemp(prefix=f".{name}.", suffix=".part", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -109,24 +109,24 @@ def write_atomically(path: Path, data: Buffer) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    directory = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name survives a power cut too
+        os.fsync(directory)  # the new name survives a power cut too
     finally:
-        os.close(folder)
+        os.close(directory)
 
 
-def map_file(path: Path) -> memoryview:
+def map_file(path: str) -> memoryview:
     """The bytes of a file, mapped copy-on-write (TVM takes no read-only memory)."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
-                raise ArtifactError("the file is empty", where=str(path), remedy=_COPY_AGAIN)
+                raise ArtifactError("the file is empty", where=path, remedy=_COPY_AGAIN)
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     except OSError as error:
         raise ArtifactError(
-            f"the artifact cannot be read: {error.strerror}", where=str(path), remedy="check the path"
+            f"the artifact cannot be read: {error.strerror}", where=path, remedy="check the path"
         ) from error
 
 

@@ -4,21 +4,37 @@ On x86-64 Linux the flags of /proc/cpuinfo name what the processor has and the s
 (avx512_vnni is written avx512vnni here, and so on). On AArch64 the kernel hands every process its
 capabilities in the auxiliary vector, AT_HWCAP and AT_HWCAP2 ("ARM64 ELF hwcaps" in the Linux kernel's
 documentation); that is right under an emulator too, where /proc/cpuinfo shows the host.
+
+Part of every start of a deployed process: it imports as little as it can.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
+import sys
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
 # Bit numbers of arch/arm64/include/uapi/asm/hwcap.h.
 _HWCAP = {"fp": 0, "asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20, "sve": 22}
 _HWCAP2 = {"sve2": 1, "i8mm": 13, "bf16": 14}
+
+
+def _architecture() -> str:
+    if hasattr(os, "uname"):
+        name = os.uname().machine
+    else:
+        import platform
+
+        name = platform.machine()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name.lower(), name.lower())
+
+
+def _cpuinfo() -> str:
+    with open("/proc/cpuinfo") as file:
+        return file.read()
 
 
 def _x86_features(cpuinfo: str) -> frozenset[str]:
@@ -37,12 +53,11 @@ def machine() -> tuple[str, frozenset[str]]:
 
     An architecture or system that is neither has no known features: an artifact for it cannot exist.
     """
-    name = platform.machine().lower()
-    name = {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
-    if platform.system() != "Linux":
+    name = _architecture()
+    if sys.platform != "linux":
         return name, frozenset()
     if name == "x86_64":
-        return name, _x86_features(Path("/proc/cpuinfo").read_text())
+        return name, _x86_features(_cpuinfo())
     if name == "aarch64":
         getauxval = ctypes.CDLL(None).getauxval
         getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
@@ -66,8 +81,8 @@ def cores() -> int:
 
 def processor() -> str:
     """What this processor is called; a virtual machine's name may say little, so with family and model."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    lines = _cpuinfo().splitlines() if sys.platform == "linux" else []
     pairs = (line.partition(":") for line in reversed(lines))  # reversed: those of the first core win
     cpu = {key.strip(): value.strip() for key, _, value in pairs}
-    name = cpu.get("model name", platform.machine())
+    name = cpu.get("model name", _architecture())
     return f"{name} (family {cpu['cpu family']}, model {cpu['model']})" if "cpu family" in cpu else name

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from ctypes import addressof, c_char
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -159,14 +158,22 @@ def _load(library: Buffer) -> ffi.Object:
 
     (Not by a memfd: the dynamic linker knows libraries by path, and /proc/self/fd/7 comes again.)
     """
-    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
-        path = Path(folder, "library.so")
-        path.write_bytes(library)
-        try:
-            return ffi.call(ffi.function("ffi.ModuleLoadFromFile"), str(path))
-        except RuntimeError as error:
-            raise DeviceError(
-                f"the machine code cannot be loaded: {error}",
-                where=str(path),
-                remedy="set TMPDIR to a folder from which programs may run (not mounted noexec); or compile again",
-            ) from error
+    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"qcompile-{os.urandom(8).hex()}.so")
+    try:
+        with open(path, "xb", opener=_private) as file:
+            file.write(library)
+        return ffi.call(ffi.function("ffi.ModuleLoadFromFile"), path)
+    except (OSError, RuntimeError) as error:
+        raise DeviceError(
+            f"the machine code cannot be loaded: {error}",
+            where=path,
+            remedy="set TMPDIR to a folder that may be written and from which programs may run (not mounted noexec);"
+            " or compile again",
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

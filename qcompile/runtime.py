@@ -13,8 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +23,9 @@ from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
 from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
 from qcompile.executable import OWNER, Executable, set_threads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Selftest(NamedTuple):

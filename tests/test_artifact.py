@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -247,9 +246,8 @@ import os, signal, sys
 from qcompile.artifact import Artifact
 old = Artifact.load(sys.argv[1])
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-import dataclasses
 import json
-dataclasses.replace(old, toolchain={"another": "1"}).save(sys.argv[1])
+old._replace(toolchain={"another": "1"}).save(sys.argv[1])
 """
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -261,7 +259,7 @@ def test_saving_over_a_loaded_artifact_keeps_the_loaded_one_whole(tmp_path: Path
     path = tmp_path / "model.qcm"
     ORIGINAL.save(path)
     loaded = Artifact.load(path)
-    dataclasses.replace(loaded, toolchain={"another": "1"}).save(path)
+    loaded._replace(toolchain={"another": "1"}).save(path)
     assert _same(loaded, ORIGINAL)
     assert Artifact.load(path).toolchain == {"another": "1"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -122,7 +121,7 @@ def test_inputs_that_do_not_fit_are_refused(model: Model, inputs: tuple[Any, ...
 
 
 def test_equal_symbols_are_equal_sizes(artifact: Artifact) -> None:
-    two = dataclasses.replace(artifact, inputs=(*artifact.inputs, artifact.inputs[0]._replace(name="x2")))
+    two = artifact._replace(inputs=(*artifact.inputs, artifact.inputs[0]._replace(name="x2")))
     with pytest.raises(InputError, match="batch is 3 here and 2 in input 'x'"):
         Model(two)(tiny.random_input(2), tiny.random_input(3))
 
@@ -132,7 +131,7 @@ def test_the_selftest_passes_and_notices_one_wrong_bit(artifact: Artifact, model
     golden = artifact.golden[0]
     wrong = golden.outputs[0].copy()
     wrong[1, 2] ^= 1
-    changed = dataclasses.replace(artifact, golden=(golden._replace(outputs=(wrong, *golden.outputs[1:])),))
+    changed = artifact._replace(golden=(golden._replace(outputs=(wrong, *golden.outputs[1:])),))
     assert Model(changed).selftest().wrong == 1
     assert not Model(changed).selftest().passed
 
@@ -154,7 +153,7 @@ def test_differences_are_counted(got: list[float], want: list[float], tolerance:
 
 
 def test_a_model_without_golden_vectors_does_not_pass_its_selftest(artifact: Artifact) -> None:
-    result = Model(dataclasses.replace(artifact, golden=())).selftest()
+    result = Model(artifact._replace(golden=())).selftest()
     assert not result.passed
 
 
@@ -237,25 +236,25 @@ def test_the_module_prints_selftest_and_latency(saved: Path) -> None:
 
 def test_the_best_variant_of_this_machine_is_taken(artifact: Artifact) -> None:
     known = artifact.variants[0]
-    worse = dataclasses.replace(known, name="worse", rank=-1)
-    better = dataclasses.replace(known, name="better", rank=9)
-    other = dataclasses.replace(known, name="other", rank=99, machine="aarch64")
-    unmet = dataclasses.replace(known, name="unmet", rank=99, features=("avx2", "no-such-feature"))
-    fat = dataclasses.replace(artifact, variants=(worse, better, other, unmet))
+    worse = known._replace(name="worse", rank=-1)
+    better = known._replace(name="better", rank=9)
+    other = known._replace(name="other", rank=99, machine="aarch64")
+    unmet = known._replace(name="unmet", rank=99, features=("avx2", "no-such-feature"))
+    fat = artifact._replace(variants=(worse, better, other, unmet))
     assert Model(fat).target == "better"
 
 
 def test_another_processor_is_refused_before_any_code_is_loaded(artifact: Artifact) -> None:
     """The library is no library at all: loading it would fail in another way."""
-    broken = dataclasses.replace(artifact.variants[0], library=b"not a library")
-    lacking = dataclasses.replace(broken, name="avx9000", features=("avx2", "avx9000"))
-    foreign = dataclasses.replace(broken, name="arm64-neon", machine="aarch64", features=("asimd",))
+    broken = artifact.variants[0]._replace(library=b"not a library")
+    lacking = broken._replace(name="avx9000", features=("avx2", "avx9000"))
+    foreign = broken._replace(name="arm64-neon", machine="aarch64", features=("asimd",))
     with pytest.raises(DeviceError, match="no machine code that this x86_64 machine can run") as caught:
-        Model(dataclasses.replace(artifact, variants=(lacking, foreign)))
+        Model(artifact._replace(variants=(lacking, foreign)))
     assert "for avx9000 this machine lacks avx9000" in str(caught.value)
     assert "for arm64-neon this machine is x86_64, not aarch64" in str(caught.value)
     with pytest.raises(DeviceError, match="cannot be loaded"):
-        Model(dataclasses.replace(artifact, variants=(broken,)))
+        Model(artifact._replace(variants=(broken,)))
 
 
 def test_an_arm_processor_gives_the_same_bits(arm_machine: arm.ArmMachine) -> None:
