@@ -21,17 +21,28 @@ class Failed(RuntimeError):
 
 
 class Child:
-    """`python -m MODULE ARGUMENTS` with pipes to it, one line at a time."""
+    """The function `main` of a module, in a process with pipes to it, one line at a time.
+
+    All engines start alike: without the hooks that other packages of an environment, or an editable install,
+    run in every start of Python (`-S`), and with NumPy's BLAS, which none of them uses, on one thread: it
+    spins on another core for a while after it was loaded, and disturbs whoever starts then.
+    """
 
     def __init__(self, python: Path, module: str, *arguments: str, threads: int | None = None) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a file cannot fill up, as a pipe would)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        (packages,) = python.parents[1].glob("lib/python*/site-packages")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, packages))),
+            "OPENBLAS_NUM_THREADS": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or sources would be compiled anew, but installed engines not
         if threads:
             environment |= {"OMP_NUM_THREADS": str(threads), "TVM_NUM_THREADS": str(threads)}
         try:
             self.process = subprocess.Popen(
-                [str(python), "-m", module, *arguments],
+                [str(python), "-S", "-c", f"import sys; from {module} import main; main(*sys.argv[1:])", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

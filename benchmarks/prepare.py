@@ -1,6 +1,6 @@
 """One engine prepares one float model, in a process of its own; how long it takes, and how near it stays.
 
-    python -m benchmarks.prepare ENGINE [FOLDER]
+    main(ENGINE[, FOLDER])
 
 FOLDER is a `Source`. Without it, only says whether the engine can be imported, and its versions.
 """
@@ -8,7 +8,6 @@ FOLDER is a `Source`. Without it, only says whether the engine can be imported, 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from importlib import import_module
 from importlib.metadata import version
@@ -49,7 +48,3 @@ def main(name: str, *folder: str) -> None:
     for module in engine.modules:
         import_module(module)
     answer(prepare(name, Path(folder[0])) if folder else {p: version(p) for p in engine.packages})
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

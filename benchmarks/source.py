@@ -3,12 +3,11 @@
 Calibration crops and held-out crops are different random draws; both come in batches of the
 workload's size, so that an engine with static shapes can take them as they are.
 
-    python -m benchmarks.source MODEL BATCH FOLDER
+    main(MODEL, BATCH, FOLDER)
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -49,7 +48,3 @@ def write_source(model: str, batch: int, folder: Path) -> int:
 
 def main(model: str, batch: str, folder: str) -> None:
     answer({"macs": write_source(model, int(batch), Path(folder))})
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

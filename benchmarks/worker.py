@@ -1,6 +1,6 @@
 """One engine in a process of its own, measuring a block of calls whenever its parent asks.
 
-    python -m benchmarks.worker ENGINE MODEL_FILE THREADS INPUT.npy
+    main(ENGINE, MODEL_FILE, THREADS, INPUT.npy)
 
 Between blocks the process sleeps, so its thread pool does not disturb the engine whose turn it is.
 A line "SECONDS" on standard input asks for a block; the answer is a line of JSON: the median seconds
@@ -84,7 +84,3 @@ def main(engine: str, model_path: str, threads: str, input_path: str) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         answer(asdict(measure(lambda: run(x), float(line), int(threads))))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import loaders
+
 Array = NDArray[np.float32]
 ROOT = Path(__file__).resolve().parents[2]
 INPUT = "x"
@@ -54,6 +56,7 @@ class Engine(ABC):
 
     Attributes:
         name: as it is shown.
+        loader: its function in `benchmarks.loaders`.
         modules: what `prepare` imports; importing is not counted as its time.
         packages: the distributions whose versions are reported.
         from_torch: `prepare` starts from the exported program, not from the ONNX file.
@@ -61,6 +64,7 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    loader: ClassVar[str]
     modules: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]]
     from_torch: ClassVar[bool] = False
@@ -83,9 +87,9 @@ class Engine(ABC):
         """All that a device needs of what `prepare` wrote as `path`; the engine itself is not counted."""
         return [path]
 
-    @abstractmethod
     def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
         """A function from one input, as `arrange` gives it, to its logits."""
+        return getattr(loaders, self.loader)(str(path), threads)
 
     def arrange(self, x: Array) -> Array:
         """An input in the layout that the engine was prepared for; done once, and not timed."""

@@ -7,17 +7,17 @@ chosen when it runs. It needs a C++ compiler.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.engines.base import Array, Engine, Source
+from benchmarks.engines.base import Engine, Source
 
 
 class Inductor(Engine):
     """Inductor in float32."""
 
     name = "inductor float"
+    loader = "inductor"
     modules: ClassVar[tuple[str, ...]] = ("torch._inductor",)
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     from_torch = True
@@ -27,18 +27,6 @@ class Inductor(Engine):
 
     def prepare(self, source: Source) -> Path:
         return _compile(source.program, source.folder / "inductor.pt2")
-
-    def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
-        import torch
-        from torch._inductor import aoti_load_package
-
-        torch.set_num_threads(threads)
-        compiled = aoti_load_package(str(path))
-
-        def run(x: Array) -> Array:
-            return compiled(torch.from_numpy(x)).numpy()
-
-        return run
 
 
 class InductorInt8(Inductor):

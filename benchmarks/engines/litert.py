@@ -6,7 +6,6 @@ Its converter and its quantizer pin packages of their own, so they live in an en
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ class LiteRtInt8(Engine):
     """Static: int8 activations, int8 weights per channel; float32 inputs and outputs, as every engine here."""
 
     name = "litert int8"
+    loader = "litert"
     modules = ("litert_torch", "ai_edge_quantizer.quantizer", "ai_edge_litert.interpreter")
     packages = ("ai-edge-litert", "ai-edge-quantizer", "litert-torch")
     from_torch = True
@@ -48,20 +48,6 @@ class LiteRtInt8(Engine):
         measured = quantize.calibrate({signature: [{name: x} for x in batches]})
         quantize.quantize(measured).export_model(str(path))
         return path
-
-    def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
-        from ai_edge_litert.interpreter import Interpreter
-
-        interpreter = Interpreter(str(path), num_threads=threads)
-        interpreter.allocate_tensors()
-        (taken,), (given,) = interpreter.get_input_details(), interpreter.get_output_details()
-
-        def run(x: Array) -> Array:
-            interpreter.set_tensor(taken["index"], x)
-            interpreter.invoke()
-            return interpreter.get_tensor(given["index"])
-
-        return run
 
     def arrange(self, x: Array) -> Array:
         return np.ascontiguousarray(x.transpose(0, 2, 3, 1)) if x.ndim == 4 else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,20 +13,12 @@ class OnnxRuntime(Engine):
     """ONNX Runtime in float32."""
 
     name = "onnxruntime float"
+    loader = "onnxruntime"
     modules: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     def prepare(self, source: Source) -> Path:
         return source.onnx
-
-    def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return lambda x: session.run(None, {INPUT: x})[0]
 
 
 class OnnxRuntimeInt8(OnnxRuntime):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from benchmarks.engines.base import Array, Engine, Source
+from benchmarks.engines.base import Engine, Source
 
 
 class OpenVino(Engine):
     """OpenVINO in float32."""
 
     name = "openvino float"
+    loader = "openvino"
     modules: ClassVar[tuple[str, ...]] = ("openvino",)
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
 
@@ -26,24 +26,6 @@ class OpenVino(Engine):
 
     def files(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
-
-    def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
-        import openvino
-
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-
-        def run(x: Array) -> Array:
-            request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
-            request.infer()
-            return request.get_output_tensor().data
-
-        return run
 
 
 class OpenVinoInt8(OpenVino):

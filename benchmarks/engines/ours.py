@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.engines.base import Array, Engine, Source
+from benchmarks.engines.base import Engine, Source
 
 
 class Qcompile(Engine):
     """Strict: a model in which an operator stayed float is not measured."""
 
     name = "qcompile"
+    loader = "qcompile"
     target: ClassVar[str] = "native"
     modules = ("torch", "qcompile.compiler")
     packages = ("qcompile", "apache-tvm", "torch")
@@ -35,11 +35,6 @@ class Qcompile(Engine):
     def tuning(self) -> Any:
         """What the package ships is used."""
         return None
-
-    def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
-        import qcompile
-
-        return qcompile.load(path, threads=threads)
 
 
 class QcompileUntuned(Qcompile):
