@@ -44,7 +44,7 @@ def cost_rows(workload: Workload) -> Iterator[tuple[str, ...]]:
             engine,
             f"{cost.bytes / 1e6:.1f} MB",
             f"{cost.prepare_s:.1f} s",
-            f"{cost.cold_s:.2f} s",
+            f"{1000 * cost.cold_s:.0f} ms",
             f"{cost.peak_bytes / 1e6:.0f} MB",
             sqnr(cost),
             f"{cost.agreement:.1%}",

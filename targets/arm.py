@@ -21,7 +21,7 @@ def _flat(weight: np.ndarray) -> np.ndarray:
 _SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
 SDOT = DotProduct(
     name="sdot",
-    instructions=1,
+    cycles=1,
     planes=1,
     weight_dtype="int8",
     pack=_flat,
@@ -51,7 +51,7 @@ def _smull(acc: Any, x: tuple[Any, ...], w: list[Any]) -> Any:
 
 SMULL = DotProduct(
     name="smull",
-    instructions=4,
+    cycles=4,
     planes=2,
     weight_dtype="int8",
     pack=_halves,

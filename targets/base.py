@@ -21,7 +21,7 @@ class DotProduct:
 
     Attributes:
         name: as kernels report it.
-        instructions: that it takes for one vector of accumulators.
+        cycles: that it takes for one vector of accumulators, where loading a vector takes one.
         planes: weight vectors per (lanes channels x 4 products).
         weight_dtype: how those vectors are stored.
         pack: (..., channels, 4) int8 -> (..., planes, elements) of `weight_dtype`, one row per vector.
@@ -33,7 +33,7 @@ class DotProduct:
     """
 
     name: str
-    instructions: int
+    cycles: float
     planes: int
     weight_dtype: str
     pack: Callable[[np.ndarray], np.ndarray]

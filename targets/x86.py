@@ -21,7 +21,7 @@ def _flat(weight: np.ndarray) -> np.ndarray:
 
 VPDPBUSD = DotProduct(
     name="vpdpbusd",
-    instructions=1,
+    cycles=1,
     planes=1,
     weight_dtype="int8",
     pack=_flat,
@@ -49,7 +49,7 @@ def _repeat(four: Any) -> tuple[Any, ...]:
 # Three instructions for 32 products, but the pair sums saturate at int16: only for proven weights.
 VPMADDUBSW = DotProduct(
     name="vpmaddubsw",
-    instructions=3,
+    cycles=1,
     planes=1,
     weight_dtype="int8",
     pack=_flat,
@@ -75,7 +75,7 @@ def _signed_surplus(weight: np.ndarray) -> np.ndarray:
 # signed factor, and 2 * 127 * 128 fits int16.
 VPXOR_VPMADDUBSW = DotProduct(
     name="vpxor_vpmaddubsw",
-    instructions=4,
+    cycles=1.2,
     planes=2,
     weight_dtype="uint8",
     pack=_magnitudes_and_signs,

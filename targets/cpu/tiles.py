@@ -48,7 +48,7 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct, steps: int) ->
         weights = dot.planes * vectors  # loaded in a step
         reused = weights if outer else dot.planes * total  # before the loop comes back to them
         far = weights * width_of_vector / L2_BYTES_A_CYCLE if steps * reused * width_of_vector > isa.l1_bytes else 0.0
-        step = max(dot.instructions * rows * vectors, weights + rows, 5, far)
+        step = max(dot.cycles * rows * vectors, weights + rows, 5, far)
         store = rows * (3 * vectors + 6 * len(isa.narrows_for(vectors))) / 2
         return steps * step + max(0.0, store - HIDDEN) if rows else 0.0
 
