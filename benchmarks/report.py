@@ -22,8 +22,8 @@ INTRODUCTION = """\
 
 What `make bench` measured: int8 models of this project, and what other engines make of the same float
 weights, calibration data and inputs. `python -m benchmarks.report` wrote this page from
-`benchmarks/results.json`. Engines are compared within a row; rows of batch 1 and of batch 16 come from two runs on
-this machine, the latter with the int8 engines that came nearest.
+`benchmarks/results.json`. Engines are compared within a row; rows of batch 16 come from runs of their own on this
+machine, with the int8 engines that came nearest.
 """
 
 METHOD = """\

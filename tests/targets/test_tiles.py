@@ -1,0 +1,28 @@
+"""The register tiles that are taken without measuring."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from execution import TARGETS
+
+from qcompile.targets import get
+from qcompile.targets.cpu.conv import configs, dot_of
+from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.layout import Layout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("channels", "size", "kernel"), [(64, 56, 3), (256, 14, 3), (512, 7, 3), (256, 28, 1)])
+def test_the_default_tile_spends_its_time_on_products_not_on_loads(
+    target: str, channels: int, size: int, kernel: int
+) -> None:
+    """A step of the sum loads its weights once and its activations once, and uses each several times."""
+    isa, pad = get(target).isa, kernel // 2
+    weight = np.random.default_rng(0).integers(-127, 128, (channels, channels, kernel, kernel), dtype=np.int8)
+    filters = Filters(weight, np.zeros(channels, np.int32), np.ones(channels, np.float32), 3)
+    layout = Layout((1, channels, size, size), True, channels, (pad, pad, pad, pad))
+    shape = ConvShape(layout, layout, None, (kernel, kernel), (1, 1), (pad, pad), (1, 1), 1)
+    dot, best = dot_of(shape, filters, isa), configs(shape, filters, isa)[0]
+    loads = dot.planes * best.vectors + best.rows
+    assert loads <= dot.cycles * best.rows * best.vectors
