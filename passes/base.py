@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from qcompile.config import QuantConfig
 from qcompile.ir import Program, Property
@@ -30,6 +30,8 @@ class Context:
         progress: called after each step of a long pass.
         rewrite_limit: run only the first so many rewrites (to bisect a wrong one); None for all.
         objection: the target's capability, or None for everything in the op table.
+        samples: the first inputs that calibration read, for passes that run the model again.
+        originals: name of a node of the qdq graph -> the float weight that it stands for.
         rewrites: every rewrite made, in order: (rule, node).
     """
 
@@ -38,6 +40,8 @@ class Context:
     progress: Progress | None = None
     rewrite_limit: int | None = None
     objection: Objection | None = None
+    samples: list[list[Tensor]] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
     rewrites: list[tuple[str, str]] = field(default_factory=list)
 
     def spend(self, rule: str, node: fx.Node) -> bool:

@@ -1,7 +1,12 @@
-"""Run the calibration data through the observed graph: read once, batch by batch, in constant memory."""
+"""Run the calibration data through the observed graph: read once, batch by batch, in constant memory.
+
+Where the script has initialised torch.distributed, each process feeds its own data and all go on with what all
+of them measured (see `qcompile.distributed`).
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import length_hint
@@ -12,11 +17,14 @@ import torch
 from torch import Tensor
 
 from qcompile.batches import empty
-from qcompile.errors import CalibrationError
+from qcompile.distributed import processes
+from qcompile.errors import CalibrationError, CalibrationWarning
 from qcompile.inputs import flatten
 from qcompile.ir import InputSpec, Program, Property
+from qcompile.observers import Observer
 from qcompile.passes.base import Context, Pass
 
+FEW_SAMPLES = 16  # below this a range is a matter of chance
 _REMEDY_DATA = "each batch must look like the example inputs: the same inputs, shapes and types"
 
 
@@ -28,7 +36,10 @@ class Calibrate(Pass):
 
     Raises:
         CalibrationError: there is no batch, or one is of the wrong count, shape or type, or holds
-            NaN or infinity; names the batch and the input.
+            NaN or infinity; names the batch and the input. Or another process failed.
+
+    Warns:
+        CalibrationWarning: there were fewer than 16 samples.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -40,15 +51,43 @@ class Calibrate(Pass):
             raise CalibrationError("no calibration data", remedy="pass calibration=an iterable of inputs")
         length = length_hint(context.calibration, -1)
         total = length if length >= 0 else None
-        done = 0
-        for index, batch in enumerate(context.calibration):
+        together = processes()
+        try:
+            samples = self._feed(program, context, total)
+        except BaseException:
+            together.largest(1.0)
+            raise
+        if together.largest(0.0):
+            raise CalibrationError(
+                "calibration failed in another process", remedy="see what that process says; each says its own error"
+            )
+        for module in program.graph_module.modules():
+            if isinstance(module, Observer):
+                module.merge(together)
+        count = int(together.sum(torch.tensor(samples, dtype=torch.float64)))
+        if count < FEW_SAMPLES:
+            warnings.warn(
+                f"calibrated on {count} sample{'' if count == 1 else 's'}: the ranges of activations depend on which; "
+                "give some hundred typical ones",
+                CalibrationWarning,
+                stacklevel=2,
+            )
+        return False
+
+    def _feed(self, program: Program, context: Context, total: int | None) -> int:
+        """Run all batches; returns how many samples they held."""
+        done = samples = 0
+        for index, batch in enumerate(context.calibration or ()):
             for inputs in check_batch(program.inputs, batch, index):
                 program(*inputs)
+                if samples < context.config.kept_samples:
+                    context.samples.append(inputs)
+                samples += len(inputs[0]) if inputs and inputs[0].dim() else 1
             done = index + 1
             context.report("calibrate", done, total)
         if done == 0:
             raise empty()
-        return False
+        return samples
 
 
 def check_batch(specs: tuple[InputSpec, ...], batch: Any, index: int) -> Iterator[list[Tensor]]:

@@ -12,8 +12,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from qcompile.ir import Program, Property, where
-from qcompile.observers import Observer, Shared, make
+from qcompile.config import AVERAGING, PERCENTILE, QuantConfig
+from qcompile.distributed import processes
+from qcompile.histograms import LeastSquares, Percentile
+from qcompile.ir import Program, Property
+from qcompile.observers import MinMax, MovingAverage, Observer, Shared
 from qcompile.ops.row import Output, Row
 from qcompile.passes.base import Context, Pass
 from qcompile.sites import Group, is_computed, plan
@@ -28,12 +31,12 @@ class InsertObservers(Pass):
     establishes: ClassVar[frozenset[Property]] = frozenset({Property.OBSERVED})
 
     def run(self, program: Program, context: Context) -> bool:
-        context.config.check_exclude({where(n) for n in program.graph.nodes if is_computed(n)})
+        context.config.check(filter(is_computed, program.graph.nodes), program.placeholders())
 
         def refusal(row: Row, node: fx.Node) -> str | None:
-            pattern = context.config.excludes(where(node))
-            if pattern is not None:
-                return f"excluded by the configuration ({pattern!r})"
+            selector = context.config.excludes(node)
+            if selector is not None:
+                return f"excluded by the configuration ({selector!r})"
             return context.objection(row, node) if context.objection is not None else None
 
         groups = plan(program.graph, refusal)
@@ -54,14 +57,23 @@ class InsertObservers(Pass):
 def _observe_group(program: Program, context: Context, group: Group, inserted: dict[fx.Node, fx.Node]) -> None:
     for tensor in group.inputs:
         if tensor not in inserted:
-            inserted[tensor] = _insert(program, tensor, make(context.config))
+            inserted[tensor] = _insert(program, tensor, make(context.config.of([tensor])))
     if group.row.output is Output.SHARED:
         source = inserted[group.operands[0]]
         observer = program.graph_module.get_submodule(str(source.target))
         assert isinstance(observer, Observer)
         inserted[group.tail] = _insert(program, group.tail, Shared(observer))
     elif group.tail not in inserted:
-        inserted[group.tail] = _insert(program, group.tail, make(context.config))
+        inserted[group.tail] = _insert(program, group.tail, make(context.config.of(group.members)))
+
+
+def make(config: QuantConfig) -> Observer:
+    """A fresh observer, as `config` asks."""
+    if config.observer == "moving_average":
+        return MovingAverage(AVERAGING if config.averaging is None else config.averaging, processes())
+    if config.observer == "percentile":
+        return Percentile(PERCENTILE if config.percentile is None else config.percentile)
+    return LeastSquares() if config.observer == "mse" else MinMax()
 
 
 def _insert(program: Program, tensor: fx.Node, observer: Observer) -> fx.Node:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from torch import fx
+
+from qcompile import selectors
 from qcompile.errors import ConfigError
+from qcompile.selectors import Selector, selects
 
-OBSERVER_NAMES = ("minmax", "moving_average", "percentile")
+PRESETS = ("fast", "balanced", "best")
+_KEPT_SAMPLES = {None: 64, "fast": 0, "balanced": 32, "best": 128}
+OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
+PERCENTILE, AVERAGING = 99.99, 0.1  # where none is given
 
 
 @dataclass(frozen=True)
@@ -17,53 +24,125 @@ class QuantConfig:
     """How to quantize.
 
     Attributes:
-        observer: what calibration measures of each activation. "minmax": the smallest and largest
-            value ever seen. "moving_average": an exponential average of each batch's extremes.
-            "percentile": the range that holds `percentile` per cent of all values.
-        percentile: for "percentile", in (50, 100].
-        averaging: for "moving_average", the weight of each new batch, in (0, 1].
-        exclude: module paths that stay float, with their submodules; shell patterns
-            ("layer1.*.conv2", "head"). A pattern that matches nothing is an error.
+        preset: how much time to spend on accuracy. "fast": ranges by least squared error. "balanced": and weights
+            chosen so that each layer makes up for what was lost before it. "best": the same from more samples.
+            `default_pipeline` adds the pass.
+        observer: what calibration makes of the values of each activation; default: "mse" with a preset,
+            else "minmax". "minmax": the range from the
+            smallest to the largest ever seen. "moving_average": an exponential average of each batch's
+            extremes. "percentile": the range that holds `percentile` per cent of all values. "mse": the
+            range with the smallest mean squared error, of rounding and of clipping together.
+        percentile: for "percentile", in (50, 100]; default 99.99.
+        averaging: for "moving_average", the weight of each new batch, in (0, 1]; default 0.1.
+        exclude: layers that stay float (see `qcompile.selectors`): module paths with their submodules,
+            as shell patterns ("layer1.*.conv2", "head"), classes of module, or predicates.
+        overrides: selector -> other values of the fields above, for the activations that these layers
+            compute; of several that select a layer, later ones win. A model's input is selected by its name.
+
+    A selector that selects nothing is an error.
 
     Raises:
-        ConfigError: a field is out of its range or names something unknown.
+        ConfigError: a field is out of its range or names something unknown, or contradicts another.
     """
 
-    observer: str = "minmax"
-    percentile: float = 99.99
-    averaging: float = 0.1
-    exclude: tuple[str, ...] = ()
+    observer: str | None = None
+    percentile: float | None = None
+    averaging: float | None = None
+    exclude: tuple[Selector, ...] = ()
+    overrides: Mapping[Selector, Mapping[str, Any]] = field(default_factory=dict)
+    preset: str | None = None
 
     def __post_init__(self) -> None:
-        if self.observer not in OBSERVER_NAMES:
-            raise ConfigError(f"unknown observer {self.observer!r}", remedy=f"use one of {', '.join(OBSERVER_NAMES)}")
-        if not 50 < self.percentile <= 100:
-            raise ConfigError(f"percentile is {self.percentile}", remedy="use a value in (50, 100], such as 99.99")
-        if not 0 < self.averaging <= 1:
-            raise ConfigError(f"averaging is {self.averaging}", remedy="use a value in (0, 1], such as 0.1")
-        if isinstance(self.exclude, str) or not all(isinstance(p, str) and p for p in self.exclude):
+        if self.preset is not None:
+            _one_of("preset", self.preset, PRESETS)
+        if self.observer is None:
+            object.__setattr__(self, "observer", "minmax" if self.preset is None else "mse")
+        _one_of("observer", self.observer, OBSERVERS)
+        _in_range("percentile", self.percentile, 50, 100, "in (50, 100], such as 99.99")
+        _in_range("averaging", self.averaging, 0, 1, "in (0, 1], such as 0.1")
+        if isinstance(self.exclude, (str, type)) or not _all_selectors(self.exclude):
             raise ConfigError(
                 f"exclude is {self.exclude!r}", remedy="give a tuple of module path patterns, such as ('head',)"
             )
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        if not isinstance(self.overrides, Mapping) or not _all_selectors(self.overrides):
+            raise ConfigError(
+                f"overrides is {self.overrides!r}",
+                remedy="give a dict such as {'head': {'observer': 'percentile'}}",
+            )
+        object.__setattr__(self, "overrides", {key: dict(value) for key, value in self.overrides.items()})
+        each = [self, *(self._with(options, key) for key, options in self.overrides.items())]
+        for name, observer in (("percentile", "percentile"), ("averaging", "moving_average")):
+            if getattr(self, name) is not None and not any(config.observer == observer for config in each):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, and no activation is observed by {observer!r}",
+                    where=name,
+                    remedy=f"add observer={observer!r}, or leave {name} out",
+                )
 
-    def excludes(self, path: str) -> str | None:
-        """The pattern that keeps the module at `path` float, or None."""
-        parts = path.split(".")
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return next((p for p in self.exclude for prefix in prefixes if fnmatch.fnmatchcase(prefix, p)), None)
+    @property
+    def kept_samples(self) -> int:
+        """How many samples calibration keeps, for passes that run the model again."""
+        return _KEPT_SAMPLES[self.preset]
 
-    def check_exclude(self, paths: Iterable[str]) -> None:
-        """Refuse an `exclude` pattern that matches none of the model's module `paths`.
+    def _with(self, options: Mapping[str, Any], selector: Selector) -> QuantConfig:
+        """This configuration with the options of an override."""
+        place, known = f"overrides[{selector!r}]", ("observer", "percentile", "averaging")
+        unknown = [name for name in options if name not in known]
+        if unknown or not options:
+            raise ConfigError(
+                f"an override has {'no options' if not options else f'an unknown option {unknown[0]!r}'}",
+                where=place,
+                remedy=f"it may have {', '.join(known)}",
+            )
+        observer = options.get("observer", self.observer)
+        for name, wanted in (("percentile", "percentile"), ("averaging", "moving_average")):
+            if options.get(name) is not None and observer != wanted:
+                raise ConfigError(
+                    f"{name} is for the observer {wanted!r}, not for {observer!r}",
+                    where=place,
+                    remedy=f"add 'observer': {wanted!r}, or leave {name} out",
+                )
+        own = {
+            "percentile": self.percentile if observer == "percentile" else None,
+            "averaging": self.averaging if observer == "moving_average" else None,
+        }
+        return replace(self, **{"exclude": (), "overrides": {}, "observer": observer, **own, **options})
+
+    def of(self, nodes: Iterable[fx.Node]) -> QuantConfig:
+        """The configuration of an activation that `nodes`, an operator and what it absorbs, compute."""
+        nodes, merged = list(nodes), self
+        for selector, options in self.overrides.items():
+            if any(selects(selector, node) for node in nodes):
+                merged = merged._with(options, selector)
+        return merged
+
+    def excludes(self, node: fx.Node) -> Selector | None:
+        """The selector that keeps `node` float, or None."""
+        return next((selector for selector in self.exclude if selects(selector, node)), None)
+
+    def check(self, operators: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> None:
+        """Refuse selectors that select none of a graph's operators (or, to override, inputs).
 
         Raises:
-            ConfigError: names the pattern and the paths most like it.
+            ConfigError: names the selector, and the layers most like it.
         """
-        known = {".".join(path.split(".")[: i + 1]) for path in paths for i in range(path.count(".") + 1)} - {""}
-        for pattern in self.exclude:
-            if not any(fnmatch.fnmatchcase(path, pattern) for path in known):
-                near = difflib.get_close_matches(pattern, sorted(known), n=3, cutoff=0.4) or sorted(known)[:3]
-                raise ConfigError(
-                    f"the exclude pattern {pattern!r} matches no module that computes something",
-                    remedy=f"did you mean {' or '.join(near)}?" if near else "the model has no named submodules",
-                )
+        operators = list(operators)
+        selectors.check(self.exclude, operators, "exclude")
+        selectors.check(self.overrides, [*operators, *inputs], "overrides")
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"did you mean {near[0]}? There are" if near else "use one of"
+        raise ConfigError(f"unknown {name} {value!r}", remedy=f"{hint} {', '.join(known)}")
+
+
+def _in_range(name: str, value: float | None, above: float, most: float, allowed: str) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and above < value <= most):
+        raise ConfigError(f"{name} is {value!r}", remedy=f"use a value {allowed}")
+
+
+def _all_selectors(values: Any) -> bool:
+    return isinstance(values, Iterable) and all(map(selectors.is_selector, values))

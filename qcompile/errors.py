@@ -42,6 +42,10 @@ class CalibrationError(QcompileError):
     """The calibration data or the example inputs are missing, malformed or not finite."""
 
 
+class CalibrationWarning(UserWarning):
+    """There is so little calibration data that the quantization depends on its chance."""
+
+
 class ConfigError(QcompileError):
     """A configuration contradicts itself or names something that does not exist."""
 

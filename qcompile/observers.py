@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.arith import QMAX, QMIN, float32
-from qcompile.config import QuantConfig
+from qcompile.distributed import Processes
 from qcompile.ir import QParams
 
 _ENORMOUS = 1e30  # beyond this a value is a mask ("minus infinity"), not a measurement
-_TINY = 2.0**-100  # a smaller scale would leave float32 once multiplied with another
+TINY = 2.0**-100  # a smaller scale would leave float32 once multiplied with another
 
 
 def qparams_from_range(low: float, high: float) -> QParams:
     """int8 quantization of [low, high], widened to hold zero. A constant zero gets scale 1."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = float32((high - low) / (QMAX - QMIN))
-    if scale < _TINY:
-        return QParams(1.0 if high == low else _TINY, 0)
+    if scale < TINY:
+        return QParams(1.0 if high == low else TINY, 0)
     return QParams(scale, max(QMIN, min(QMAX, round(QMIN - low / scale))))
 
 
@@ -53,6 +53,15 @@ class Observer(nn.Module, ABC):
     def observe(self, x: Tensor, low: float, high: float) -> None:
         """Take in one batch, whose extremes are `low` and `high`."""
 
+    def merge(self, processes: Processes) -> None:
+        """Take in what the observers in the place of this one measured in the other processes."""
+        self.finite = processes.smallest(float(self.finite)) == 1.0
+        self.seen = processes.largest(float(self.seen)) == 1.0
+        self._merge(processes)
+
+    @abstractmethod
+    def _merge(self, processes: Processes) -> None: ...
+
     @abstractmethod
     def qparams(self) -> QParams:
         """The quantization that the values seen so far call for."""
@@ -68,63 +77,40 @@ class MinMax(Observer):
     def observe(self, x: Tensor, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
+    def _merge(self, processes: Processes) -> None:
+        self.low, self.high = processes.smallest(self.low), processes.largest(self.high)
+
     def qparams(self) -> QParams:
         return qparams_from_range(self.low, self.high)
 
 
 class MovingAverage(Observer):
-    """An exponential moving average of each batch's extremes; `weight` is that of a new batch."""
+    """An exponential moving average of each batch's extremes; `weight` is that of a new batch.
 
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight, self.low, self.high = weight, 0.0, 0.0
-
-    def observe(self, x: Tensor, low: float, high: float) -> None:
-        if not self.seen:
-            self.low, self.high = low, high
-        self.low += self.weight * (low - self.low)
-        self.high += self.weight * (high - self.high)
-
-    def qparams(self) -> QParams:
-        return qparams_from_range(self.low, self.high)
-
-
-class Percentile(Observer):
-    """The range that holds `percentile` per cent of all values, half of the rest beyond each end.
-
-    A histogram of fixed size over [-reach, reach]. When a value lies beyond, `reach` doubles and
-    neighbouring bins merge in pairs, so no value is ever counted in a wrong bin.
+    Of n batches the first counts (1 - weight)^(n - 1), and batch i > 1 counts weight (1 - weight)^(n - i). Kept
+    are the sums of the lows, the highs and these weights over the batches of this process, as of its last one.
     """
 
-    BINS = 4096
-
-    def __init__(self, percentile: float) -> None:
+    def __init__(self, weight: float, processes: Processes) -> None:
         super().__init__()
-        self.percentile = percentile
-        self.reach = 0.0
-        self.low, self.high = math.inf, -math.inf
-        self.counts = torch.zeros(self.BINS, dtype=torch.float64)
+        self.weight, self._rank, self._count = weight, processes.rank, processes.count
+        self._taken = 0
+        self._sums = torch.zeros(3, dtype=torch.float64)
 
     def observe(self, x: Tensor, low: float, high: float) -> None:
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        largest = max(abs(low), abs(high), _TINY)
-        if self.reach == 0.0:
-            self.reach = 2.0 ** math.ceil(math.log2(largest))
-        while self.reach < largest:
-            merged = self.counts.view(-1, 2).sum(1)
-            self.counts = torch.zeros_like(self.counts)
-            self.counts[self.BINS // 4 : self.BINS // 4 + self.BINS // 2] = merged
-            self.reach *= 2
-        self.counts += torch.histc(x.to(torch.float32), self.BINS, -self.reach, self.reach)
+        weight = 1.0 if self._taken == self._rank == 0 else self.weight
+        self._sums *= (1 - self.weight) ** self._count
+        self._sums += weight * torch.tensor([low, high, 1.0], dtype=torch.float64)
+        self._taken += 1
+
+    def _merge(self, processes: Processes) -> None:
+        last = (self._taken - 1) * self._count + self._rank if self._taken else -1
+        later = processes.largest(last) - last
+        self._sums = processes.sum(self._sums * (1 - self.weight) ** later)
 
     def qparams(self) -> QParams:
-        tail = float(self.counts.sum()) * (1 - self.percentile / 100) / 2
-        below = torch.cumsum(self.counts, 0)
-        above = torch.cumsum(self.counts.flip(0), 0)
-        first, last = int((below <= tail).sum()), self.BINS - int((above <= tail).sum())
-        width = 2 * self.reach / self.BINS
-        # A bin's far edge may lie beyond every value that was seen.
-        return qparams_from_range(max(self.low, first * width - self.reach), min(self.high, last * width - self.reach))
+        low, high, weights = self._sums.tolist()
+        return qparams_from_range(low / weights, high / weights) if weights else qparams_from_range(0.0, 0.0)
 
 
 class Shared(Observer):
@@ -140,15 +126,14 @@ class Shared(Observer):
     def observe(self, x: Tensor, low: float, high: float) -> None:
         raise AssertionError("a shared observer measures nothing")
 
+    def merge(self, processes: Processes) -> None:
+        pass
+
+    def _merge(self, processes: Processes) -> None:
+        pass
+
     def qparams(self) -> QParams:
         return self.of.qparams()
-
-
-def make(config: QuantConfig) -> Observer:
-    """A fresh observer, as `config` asks."""
-    if config.observer == "percentile":
-        return Percentile(config.percentile)
-    return MovingAverage(config.averaging) if config.observer == "moving_average" else MinMax()
 
 
 def root(observer: Observer) -> Observer:

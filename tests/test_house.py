@@ -73,8 +73,9 @@ def _layer(module: str) -> int | None:
     for height, members in enumerate(
         (
             ("qcompile.errors",),
-            ("qcompile.arith", "qcompile.config"),
+            ("qcompile.arith",),
             ("qcompile.ir",),
+            ("qcompile.selectors", "qcompile.config"),
             ("qcompile.ops",),
             ("qcompile.passes",),
             ("qcompile.targets",),

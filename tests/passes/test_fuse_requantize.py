@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qcompile import ops
 from qcompile.config import QuantConfig
 from qcompile.ops.row import Example
-from qcompile.passes.quantize import quantize_weight
 from qcompile.quantizer import quantize
+from qcompile.weights import quantize_weight
 
 EXAMPLES = [
     pytest.param(example, id=f"{row.name}-{i}")

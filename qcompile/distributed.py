@@ -1,0 +1,70 @@
+"""Calibration spread over several processes: what they measured is brought together by torch.distributed.
+
+Each process calibrates on its own part of the data; process r of n holds the batches r, r + n, r + 2n, ... of the
+whole, as `torch.utils.data.DistributedSampler` deals them out. All processes must compile the same model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Processes(ABC):
+    """The processes that calibrate together.
+
+    Attributes:
+        rank, count: which of them this is, and how many there are.
+    """
+
+    rank: int
+    count: int
+
+    @abstractmethod
+    def smallest(self, value: float) -> float:
+        """The smallest `value` that any of them gives."""
+
+    @abstractmethod
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of all their values: tensors of float64 and one shape."""
+
+    def largest(self, value: float) -> float:
+        """The largest `value` that any of them gives."""
+        return -self.smallest(-value)
+
+
+class _Alone(Processes):
+    rank, count = 0, 1
+
+    def smallest(self, value: float) -> float:
+        return value
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
+
+
+class _Group(Processes):
+    """The default process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+    def smallest(self, value: float) -> float:
+        return float(self._reduced(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MIN))
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def _reduced(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        together = value.to(self._device, copy=True)
+        dist.all_reduce(together, how)
+        return together.to(value.device)
+
+
+def processes() -> Processes:
+    """Those of the process group that the script has initialised; this one alone where it has none."""
+    return _Group() if dist.is_available() and dist.is_initialized() else _Alone()
