@@ -70,8 +70,7 @@ def main(artifact: Path) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     model = load_model()
     start = time.perf_counter()
-    # A few rare, large activations would stretch every scale: leave out one value in ten thousand.
-    config = qcompile.QuantConfig(observer="percentile", percentile=99.99)
+    config = qcompile.QuantConfig(preset="balanced")
     with console.status("quantizing and compiling") as status:
         compiled = qcompile.compile(
             model,

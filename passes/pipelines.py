@@ -17,8 +17,15 @@ from qcompile.passes.fold_padding import FoldPadding
 from qcompile.passes.fuse_requantize import FuseRequantize
 from qcompile.passes.insert_observers import InsertObservers
 from qcompile.passes.quantize import Quantize
+from qcompile.passes.round_weights import RoundWeights
 
 ENTRY_POINTS = "qcompile.passes"
+_RECOVERY: dict[str | None, tuple[Pass, ...]] = {
+    None: (),
+    "fast": (),
+    "balanced": (RoundWeights(),),
+    "best": (RoundWeights(),),
+}
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,7 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
     """Float to integer, with the passes that installed distributions add by entry point.
 
     Args:
-        config: how to quantize; the passes read it from their context, so today's pipeline is the
-            same for every configuration.
+        config: its preset says which passes win back accuracy; all else the passes read from their context.
     """
     pipeline = Pipeline(
         (
@@ -98,6 +104,7 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             InsertObservers(),
             Calibrate(),
             Quantize(),
+            *_RECOVERY[config.preset if config is not None else None],
             FuseRequantize(),
             FoldPadding(),
         )

@@ -69,19 +69,29 @@ def compile_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="where the compiled model goes (.qcm)")],
     target: Annotated[str, typer.Option(help="what to compile for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
+    preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
     tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
     threads: Threads = None,
 ) -> None:
     """Compile a float model to int8 machine code."""
     from qcompile.compiler import compile
+    from qcompile.config import QuantConfig
     from qcompile.tuning import Tuning
 
+    config = QuantConfig(preset=preset)
     program, batches = read_model(model, calibration, batch)
     known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:
         compiled = compile(
-            program, target, calibration=batches, tuning=known, strict=strict, threads=threads, progress=progress
+            program,
+            target,
+            calibration=batches,
+            config=config,
+            tuning=known,
+            strict=strict,
+            threads=threads,
+            progress=progress,
         )
     compiled.save(output)
     counts = _counts(compiled.coverage)

@@ -9,7 +9,7 @@ the reference is a float64 convolution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -215,30 +215,35 @@ def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))
 
 
-def _geometry(site: Site, rank: int) -> tuple[list[int], list[int], list[int]]:
-    """Stride, padding (before and after, axis by axis) and dilation over `rank` spatial axes."""
-    assert site.weight is not None
+def geometry(conv: fx.Node, kernel: Sequence[int]) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+    """Stride, padding (before, after) and dilation of an ATen convolution, axis by axis of its `kernel`."""
 
     def axes(value: Any) -> list[int]:
-        return [value] * rank if isinstance(value, int) else list(value) * (rank // len(value))
+        return [value] * len(kernel) if isinstance(value, int) else list(value) * (len(kernel) // len(value))
 
-    stride, padding, dilation = (argument(site.node, i, default) for i, default in ((3, 1), (4, 0), (5, 1)))
+    stride, padding, dilation = (argument(conv, i, default) for i, default in ((3, 1), (4, 0), (5, 1)))
     if padding == "same":  # an odd total pads one more at the end
-        totals = [d * (k - 1) for d, k in zip(axes(dilation), site.weight.q.shape[2:], strict=True)]
+        totals = [d * (k - 1) for d, k in zip(axes(dilation), kernel, strict=True)]
         pads = [(total // 2, total - total // 2) for total in totals]
     else:
         pads = [(p, p) for p in axes(0 if padding == "valid" else padding)]
-    return axes(stride), [p for pair in pads for p in pair], axes(dilation)
+    return axes(stride), pads, axes(dilation)
+
+
+def _geometry(site: Site) -> tuple[list[int], list[int], list[int]]:
+    assert site.weight is not None
+    stride, pads, dilation = geometry(site.node, site.weight.q.shape[2:])
+    return stride, [p for pair in pads for p in pair], dilation
 
 
 def _fuse_2d(site: Site) -> Call:
     args, kwargs = weighted(site)
-    return CONV2D.op, (*args, *_geometry(site, 2), argument(site.node, 6, 1)), kwargs
+    return CONV2D.op, (*args, *_geometry(site), argument(site.node, 6, 1)), kwargs
 
 
 def _fuse_1d(site: Site) -> Call:
     args, kwargs = weighted(site)
-    (stride,), padding, (dilation,) = _geometry(site, 1)
+    (stride,), padding, (dilation,) = _geometry(site)
     return CONV1D.op, (*args, stride, padding, dilation, argument(site.node, 6, 1)), kwargs
 
 

@@ -1,0 +1,91 @@
+"""The layer's problem: int8 weights q and a bias b with which scale * q makes, of what the quantized graph hands to
+the layer, what the float layer makes of its own input.
+
+    minimize over q and b   E | scale (q . x) + b - y |^2 + decay | scale q - w |^2
+
+x and y enter by their means and covariances alone, so the data is read once, whatever is tried afterwards. The best
+bias is always E y - scale (q . E x); what is left is quadratic in q:
+
+    scale^2 q' A q - 2 scale c' q,    A = cov(x) + decay I,   c = cov(x, y) + decay w
+
+Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), sections 3 and 3.3 (the
+asymmetric target). Solved by greedy coordinate descent: Nair and Suggala, "CDQuant" (2024), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.arith import WEIGHT_MAX
+from qcompile.twins import Layer
+
+
+@dataclass
+class Problem:
+    """Of one layer. K taps, O channels of output in each of G groups; all float64.
+
+    Attributes:
+        a: (G, K, K).
+        c: (G, O, K).
+        x_mean: (G, K).
+        y_mean: (G, O).
+    """
+
+    a: Tensor
+    c: Tensor
+    x_mean: Tensor
+    y_mean: Tensor
+
+    @staticmethod
+    def of(layer: Layer, decay: float) -> Problem:
+        """`decay` in units of the mean variance of a tap, at one sample; it falls with the number of positions."""
+        count = 0
+        sums: list[Tensor] = []
+        for x, y in zip(layer.inputs, layer.outputs, strict=True):
+            rows, targets = layer.patches(x), layer.per_position(y)
+            count += rows.shape[1]
+            new = [
+                rows.transpose(1, 2) @ rows,
+                targets.transpose(1, 2) @ rows,
+                rows.sum(1),
+                targets.sum(1),
+            ]
+            sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else [s.double() for s in new]
+        xx, yx, x, y = (s / count for s in sums)
+        a = xx - x[:, :, None] * x[:, None, :]
+        c = yx - y[:, :, None] * x[:, None, :]
+        weight = layer.original.double().flatten(1).unflatten(0, (layer.groups, -1))
+        taps = a.shape[1]
+        strength = decay * a.diagonal(dim1=1, dim2=2).mean(1) * taps / count
+        a = a + strength[:, None, None] * torch.eye(taps, dtype=a.dtype)
+        return Problem(a, c + strength[:, None, None] * weight, x, y)
+
+    def loss(self, weight: Tensor) -> Tensor:
+        """(G, O): of real weights (G, O, K), up to a constant."""
+        return ((weight @ self.a - 2 * self.c) * weight).sum(2)
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """(G, O): the best one."""
+        return self.y_mean - (weight * self.x_mean[:, None, :]).sum(2)
+
+    def descend(self, q: Tensor, scale: Tensor, most_steps: int) -> Tensor:
+        """Integers (G, O, K) from `q` on, changed by one at a time, where it helps most, until nothing helps."""
+        q, step = q.clone(), scale[:, :, None]
+        slope = (q * step) @ self.a - self.c  # half the derivative by each real weight
+        own = self.a.diagonal(dim1=1, dim2=2)[:, None, :] * step.square()
+        group = torch.arange(len(q))[:, None]
+        for _ in range(most_steps):
+            way = -torch.sign(slope)
+            gain = 2 * step * slope.abs() - own
+            gain = gain.masked_fill((q + way).abs() > WEIGHT_MAX, -1.0)
+            best, at = gain.max(2)
+            moves = best > 0
+            if not bool(moves.any()):
+                break
+            change = torch.where(moves, way.gather(2, at[:, :, None])[:, :, 0], 0.0)
+            q.scatter_add_(2, at[:, :, None], change[:, :, None])
+            slope += (change * scale)[:, :, None] * self.a[group, at]
+        return q
