@@ -20,12 +20,6 @@ from qcompile.passes.quantize import Quantize
 from qcompile.passes.round_weights import RoundWeights
 
 ENTRY_POINTS = "qcompile.passes"
-_RECOVERY: dict[str | None, tuple[Pass, ...]] = {
-    None: (),
-    "fast": (),
-    "balanced": (RoundWeights(),),
-    "best": (RoundWeights(),),
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             InsertObservers(),
             Calibrate(),
             Quantize(),
-            *_RECOVERY[config.preset if config is not None else None],
+            *((RoundWeights(),) if config is not None and config.preset and config.kept_samples else ()),
             FuseRequantize(),
             FoldPadding(),
         )

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from qcompile.arith import WEIGHT_MAX
 from qcompile.ir import Program, Property
 from qcompile.leastsquares import Problem
 from qcompile.passes.base import Context, Pass
 from qcompile.twins import Layer, layers
-from qcompile.weights import smallest_scale
+from qcompile.weights import nearest, smallest_scale
 
 _RATIOS = 24
 _SMALLEST = 0.6
@@ -57,13 +56,9 @@ def _round(layer: Layer, problem: Problem) -> None:
     least = least.double().reshape(widest.shape)
     for ratio in torch.linspace(1.0, _SMALLEST, _RATIOS, dtype=torch.float64):
         tried = torch.where(largest > 0, torch.maximum(largest * ratio, least), widest).float().double()
-        loss = problem.loss(_nearest(rows, tried) * tried[:, :, None])
+        loss = problem.loss(nearest(rows, tried) * tried[:, :, None])
         scale, lowest = torch.where(loss < lowest, tried, scale), torch.minimum(loss, lowest)
-    q = problem.descend(_nearest(rows, scale), scale, 2 * rows.shape[2])
+    q = problem.descend(nearest(rows, scale), scale, 2 * rows.shape[2])
     layer.q.copy_(q.flatten(0, 1).reshape(layer.q.shape))
     layer.scale.copy_(scale.flatten())
     layer.set_bias(problem.bias(q * scale[:, :, None]).flatten())
-
-
-def _nearest(rows: Tensor, scale: Tensor) -> Tensor:
-    return (rows / scale[:, :, None]).round().clamp(-WEIGHT_MAX, WEIGHT_MAX)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from qcompile import selectors
 from qcompile.errors import ConfigError
 from qcompile.selectors import Selector, selects
 
-PRESETS = ("fast", "balanced", "best")
-_KEPT_SAMPLES = {None: 64, "fast": 0, "balanced": 32, "best": 128}
+PRESETS = {"fast": 0, "balanced": 32, "best": 128}  # name -> samples that are kept, to choose weights by
+_KEPT_SAMPLES = 64  # without a preset, for a pipeline that asks for them
+_OBSERVER_OF = {"percentile": "percentile", "averaging": "moving_average"}  # option -> the observer that it is for
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PERCENTILE, AVERAGING = 99.99, 0.1  # where none is given
 
@@ -72,7 +73,7 @@ class QuantConfig:
             )
         object.__setattr__(self, "overrides", {key: dict(value) for key, value in self.overrides.items()})
         each = [self, *(self._with(options, key) for key, options in self.overrides.items())]
-        for name, observer in (("percentile", "percentile"), ("averaging", "moving_average")):
+        for name, observer in _OBSERVER_OF.items():
             if getattr(self, name) is not None and not any(config.observer == observer for config in each):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}, and no activation is observed by {observer!r}",
@@ -83,11 +84,11 @@ class QuantConfig:
     @property
     def kept_samples(self) -> int:
         """How many samples calibration keeps, for passes that run the model again."""
-        return _KEPT_SAMPLES[self.preset]
+        return _KEPT_SAMPLES if self.preset is None else PRESETS[self.preset]
 
     def _with(self, options: Mapping[str, Any], selector: Selector) -> QuantConfig:
         """This configuration with the options of an override."""
-        place, known = f"overrides[{selector!r}]", ("observer", "percentile", "averaging")
+        place, known = f"overrides[{selector!r}]", ("observer", *_OBSERVER_OF)
         unknown = [name for name in options if name not in known]
         if unknown or not options:
             raise ConfigError(
@@ -96,17 +97,14 @@ class QuantConfig:
                 remedy=f"it may have {', '.join(known)}",
             )
         observer = options.get("observer", self.observer)
-        for name, wanted in (("percentile", "percentile"), ("averaging", "moving_average")):
+        for name, wanted in _OBSERVER_OF.items():
             if options.get(name) is not None and observer != wanted:
                 raise ConfigError(
                     f"{name} is for the observer {wanted!r}, not for {observer!r}",
                     where=place,
                     remedy=f"add 'observer': {wanted!r}, or leave {name} out",
                 )
-        own = {
-            "percentile": self.percentile if observer == "percentile" else None,
-            "averaging": self.averaging if observer == "moving_average" else None,
-        }
+        own = {name: getattr(self, name) if observer == wanted else None for name, wanted in _OBSERVER_OF.items()}
         return replace(self, **{"exclude": (), "overrides": {}, "observer": observer, **own, **options})
 
     def of(self, nodes: Iterable[fx.Node]) -> QuantConfig:
@@ -132,7 +130,7 @@ class QuantConfig:
         selectors.check(self.overrides, [*operators, *inputs], "overrides")
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, known: Collection[str]) -> None:
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"did you mean {near[0]}? There are" if near else "use one of"

@@ -91,6 +91,7 @@ class LeastSquares(Histogram):
     def qparams(self) -> QParams:
         values, counts = self.occupied()
         low, high = min(self.low, 0.0), max(self.high, 0.0)
+        ends = [end for end, edge in enumerate((low, high)) if edge]
 
         def cost(ends: tuple[float, float]) -> float:
             return _squared_error(qparams_from_range(low * ends[0], high * ends[1]), values, counts)
@@ -99,13 +100,10 @@ class LeastSquares(Histogram):
         best = min(((part, part) for part in grid), key=cost)
         step = (1 - _SMALLEST) / _STEPS
         for _ in range(_ROUNDS):
-            for end in range(2 if low < 0 < high else 1):
+            for end in ends:
                 tried = [best[end] + i * step / 5 for i in range(-10, 11)]
                 tried = [part for part in tried if _SMALLEST / 2 <= part <= 1]
-                if not low < 0 < high:
-                    best = min(((part, part) for part in tried), key=cost)
-                else:
-                    best = min(((part, best[1]) if end == 0 else (best[0], part) for part in tried), key=cost)
+                best = min(((part, best[1]) if end == 0 else (best[0], part) for part in tried), key=cost)
             step /= 10
         return qparams_from_range(low * best[0], high * best[1])
 

@@ -34,10 +34,10 @@ def quantize_weight(weight: Tensor, bias: Tensor | None, input_scale: float) -> 
     best, lowest = widest, torch.full_like(widest, torch.inf)
     for ratio in torch.linspace(1.0, _SMALLEST_RATIO, _RATIOS):
         scale = _positive(torch.maximum(widest * ratio, least))
-        error = _rounded(rows, scale).mul_(scale[:, None]).sub_(rows)
+        error = nearest(rows, scale).mul_(scale[:, None]).sub_(rows)
         cost = error.sum(1).square() + error.square().sum(1)
         best, lowest = torch.where(cost < lowest, scale, best), torch.minimum(cost, lowest)
-    return Weight(_rounded(rows, best).to(torch.int8).reshape(weight.shape), best)
+    return Weight(nearest(rows, best).to(torch.int8).reshape(weight.shape), best)
 
 
 def smallest_scale(bias: Tensor, input_scale: float) -> Tensor:
@@ -50,5 +50,6 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 2.0**-100, scale, 1.0)
 
 
-def _rounded(rows: Tensor, scale: Tensor) -> Tensor:
-    return torch.div(rows, scale[:, None]).round_().clamp_(-WEIGHT_MAX, WEIGHT_MAX)
+def nearest(rows: Tensor, scale: Tensor) -> Tensor:
+    """The integers nearest to `rows` (..., taps) at `scale` (...), one for each row."""
+    return torch.div(rows, scale[..., None]).round_().clamp_(-WEIGHT_MAX, WEIGHT_MAX)

@@ -103,6 +103,11 @@ def dense(shape: tuple[Dim, ...]) -> Layout:
     return Layout(shape, False, shape[-1] if shape else 1)
 
 
+def joins_taps(columns: int, channels: int, dilation: int, groups: int) -> bool:
+    """Whether a convolution can sum a row of taps as one, from pixels that have no bytes between them."""
+    return columns > 1 and columns * channels >= 4 and dilation == 1 and groups == 1
+
+
 def align(channels: int, to: int) -> int:
     return -(-channels // to) * to
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from qcompile.ir import is_tensor
-from qcompile.targets.layout import NO_HALO, Dim, Layout, align
+from qcompile.targets.layout import NO_HALO, Dim, Layout, align, joins_taps
 
 q = torch.ops.qcompile
 
@@ -73,19 +73,23 @@ def padding_of(conv: fx.Node) -> Halo:
     return tuple(pads) if conv.target is q.conv2d.default else (0, 0, *pads)
 
 
-def joins_taps(conv: fx.Node) -> bool:
-    """Whether its kernel can sum a row of taps as one, from pixels that have no bytes between them."""
+def takes_tight(conv: fx.Node) -> bool:
+    """Whether a convolution can read pixels that have no bytes between them."""
     a: Any = conv.args
-    columns, channels = int(a[1].meta["val"].shape[-1]), int(a[0].meta["val"].shape[1])
     dilation = a[10][1] if conv.target is q.conv2d.default else a[10]
-    return dilation == 1 and a[11] == 1 and columns > 1 and columns * channels >= 4
+    return joins_taps(*_row(conv), dilation, a[11])
+
+
+def _row(conv: fx.Node) -> tuple[int, int]:
+    """(columns of its kernel, channels of its input)."""
+    a: Any = conv.args
+    return int(a[1].meta["val"].shape[-1]), int(a[0].meta["val"].shape[1])
 
 
 def _saves_groups(conv: fx.Node) -> bool:
     """Whether joined taps are fewer groups of four channels."""
-    a: Any = conv.args
-    columns, channels = int(a[1].meta["val"].shape[-1]), int(a[0].meta["val"].shape[1])
-    return joins_taps(conv) and align(columns * channels, 4) < columns * align(channels, 4)
+    columns, channels = _row(conv)
+    return takes_tight(conv) and align(columns * channels, 4) < columns * align(channels, 4)
 
 
 def _convolutions(node: fx.Node) -> list[fx.Node]:

@@ -22,7 +22,7 @@ from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout, align
 from qcompile.targets.lower import Lowering, Value
-from qcompile.targets.plan import PITCH, joins_taps, padding_of
+from qcompile.targets.plan import PITCH, padding_of, takes_tight
 
 q, aten = torch.ops.qcompile, torch.ops.aten
 Emitter = Callable[[Lowering, fx.Node], None]
@@ -47,7 +47,7 @@ def _convolution(low: Lowering, node: fx.Node) -> None:
     stride, dilation = (tuple(v) if two else (1, v) for v in (a[8], a[10]))
     groups, halo = a[11], padding_of(node)
     residual, numbers = _residual(low, node, True)
-    x = low.use(a[0], True, halo, fill=a[4], pitch=4 if groups == 1 else PITCH, tight=joins_taps(node))
+    x = low.use(a[0], True, halo, fill=a[4], pitch=4 if groups == 1 else PITCH, tight=takes_tight(node))
     assert x.layout is not None
     shape = ConvShape(
         x.layout,

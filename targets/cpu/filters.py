@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompile.targets.base import DotProduct, InstructionSet
-from qcompile.targets.layout import NO_HALO, Layout
+from qcompile.targets.layout import NO_HALO, Layout, joins_taps
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class ConvShape:
     @property
     def joined(self) -> int:
         """How many taps of a row of the kernel are summed as one, because their channels lie side by side in memory."""
-        side_by_side = self.x.pitch == self.x.channels and self.dilation[1] == 1 and self.groups == 1
-        return self.kernel[1] if side_by_side and self.kernel[1] * self.x.channels >= 4 else 1
+        joins = joins_taps(self.kernel[1], self.x.channels, self.dilation[1], self.groups)
+        return self.kernel[1] if joins and self.x.pitch == self.x.channels else 1
 
     def flat(self) -> ConvShape:
         """As one long row of pixels, where pixels of input and output correspond one to one."""
