@@ -71,6 +71,8 @@ class _Worker(PopenWorker):
         """End the process, from whatever thread; the one that drives it is told that the process ended."""
         process = self._proc
         if process is not None:
+            # Stopped first: it shall neither answer for a child that was ended nor start another.
+            process.send_signal(signal.SIGSTOP)
             kill_child_processes(process.pid)
             process.kill()
 
