@@ -1,4 +1,4 @@
-"""Turn what the observers measured into quantize/dequantize pairs, and weights into int8.
+"""Turn what the observers measured into quantize/dequantize pairs, and weights into integers.
 
 Before: observer(x). After: dequantize_per_tensor(quantize_per_tensor(x)); the float weight of an
 integer operator becomes dequantize_per_channel(int8). This is the PT2E convention. For its scales see
@@ -14,7 +14,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import fx
 
-from qcompile.arith import QMAX, QMIN, WEIGHT_MAX
+from qcompile.arith import QMAX, QMIN
 from qcompile.ir import Program, Property, QParams, add_constant, constant, copy_meta
 from qcompile.observers import Observer, root
 from qcompile.passes.base import Context, Pass
@@ -74,13 +74,14 @@ def _quantize_weight(program: Program, context: Context, group: Group, input_sca
     bias = constant(program.graph_module, bias_node) if bias_node is not None else None
     weight_node: fx.Node = args[row.weight_arg]
     original = constant(program.graph_module, weight_node)
-    weight = quantize_weight(original, bias, input_scale)
+    most = context.config.of(group.members).weight_max
+    weight = quantize_weight(original, bias, input_scale, most)
     with program.graph.inserting_before(node):
         q = add_constant(program.graph_module, f"{weight_node.target}_q", weight.q)
         scale = add_constant(program.graph_module, f"{weight_node.target}_scale", weight.scale)
         zero = add_constant(program.graph_module, f"{weight_node.target}_zero_point", torch.zeros(len(weight.q)).long())
         new = program.graph.call_function(
-            qd.dequantize_per_channel.default, (q, scale, zero, 0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8)
+            qd.dequantize_per_channel.default, (q, scale, zero, 0, -most, most, torch.int8)
         )
     new.meta["val"] = weight_node.meta["val"]
     args[row.weight_arg] = copy_meta(new, node)

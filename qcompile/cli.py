@@ -70,6 +70,7 @@ def compile_command(
     target: Annotated[str, typer.Option(help="what to compile for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
+    weight_bits: Annotated[int, typer.Option(help="bits of a weight, 2 to 8")] = 8,
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
     tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
     threads: Threads = None,
@@ -79,7 +80,7 @@ def compile_command(
     from qcompile.config import QuantConfig
     from qcompile.tuning import Tuning
 
-    config = QuantConfig(preset=preset)
+    config = QuantConfig(preset=preset, weight_bits=weight_bits)
     program, batches = read_model(model, calibration, batch)
     known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:

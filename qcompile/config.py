@@ -35,10 +35,12 @@ class QuantConfig:
             range with the smallest mean squared error, of rounding and of clipping together.
         percentile: for "percentile", in (50, 100]; default 99.99.
         averaging: for "moving_average", the weight of each new batch, in (0, 1]; default 0.1.
+        weight_bits: how many bits a weight has, 2 to 8: integers from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1.
+            Fewer than 8 are computed with, and stored, as int8.
         exclude: layers that stay float (see `qcompile.selectors`): module paths with their submodules,
             as shell patterns ("layer1.*.conv2", "head"), classes of module, or predicates.
-        overrides: selector -> other values of the fields above, for the activations that these layers
-            compute; of several that select a layer, later ones win. A model's input is selected by its name.
+        overrides: selector -> other values of the fields above, for the weights of these layers and the activations
+            that they compute; of several that select a layer, later ones win. A model's input is selected by its name.
 
     A selector that selects nothing is an error.
 
@@ -52,6 +54,7 @@ class QuantConfig:
     exclude: tuple[Selector, ...] = ()
     overrides: Mapping[Selector, Mapping[str, Any]] = field(default_factory=dict)
     preset: str | None = None
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -61,6 +64,8 @@ class QuantConfig:
         _one_of("observer", self.observer, OBSERVERS)
         _in_range("percentile", self.percentile, 50, 100, "in (50, 100], such as 99.99")
         _in_range("averaging", self.averaging, 0, 1, "in (0, 1], such as 0.1")
+        if type(self.weight_bits) is not int or not 2 <= self.weight_bits <= 8:
+            raise ConfigError(f"weight_bits is {self.weight_bits!r}", remedy="use a whole number from 2 to 8")
         if isinstance(self.exclude, (str, type)) or not _all_selectors(self.exclude):
             raise ConfigError(
                 f"exclude is {self.exclude!r}", remedy="give a tuple of module path patterns, such as ('head',)"
@@ -82,13 +87,18 @@ class QuantConfig:
                 )
 
     @property
+    def weight_max(self) -> int:
+        """The largest integer that a weight may be."""
+        return 2 ** (self.weight_bits - 1) - 1
+
+    @property
     def kept_samples(self) -> int:
         """How many samples calibration keeps, for passes that run the model again."""
         return _KEPT_SAMPLES if self.preset is None else PRESETS[self.preset]
 
     def _with(self, options: Mapping[str, Any], selector: Selector) -> QuantConfig:
         """This configuration with the options of an override."""
-        place, known = f"overrides[{selector!r}]", ("observer", *_OBSERVER_OF)
+        place, known = f"overrides[{selector!r}]", ("observer", *_OBSERVER_OF, "weight_bits")
         unknown = [name for name in options if name not in known]
         if unknown or not options:
             raise ConfigError(
@@ -108,7 +118,7 @@ class QuantConfig:
         return replace(self, **{"exclude": (), "overrides": {}, "observer": observer, **own, **options})
 
     def of(self, nodes: Iterable[fx.Node]) -> QuantConfig:
-        """The configuration of an activation that `nodes`, an operator and what it absorbs, compute."""
+        """The configuration of `nodes`: an operator and what it absorbs."""
         nodes, merged = list(nodes), self
         for selector, options in self.overrides.items():
             if any(selects(selector, node) for node in nodes):

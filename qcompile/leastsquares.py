@@ -1,4 +1,4 @@
-"""The layer's problem: int8 weights q and a bias b with which scale * q makes, of what the quantized graph hands to
+"""The layer's problem: integer weights q and a bias b with which scale * q makes, of what the quantized graph hands to
 the layer, what the float layer makes of its own input.
 
     minimize over q and b   E | scale (q . x) + b - y |^2 + decay | scale q - w |^2
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.arith import WEIGHT_MAX
 from qcompile.twins import Layer
 
 
@@ -32,12 +31,14 @@ class Problem:
         c: (G, O, K).
         x_mean: (G, K).
         y_mean: (G, O).
+        most: the largest integer that a weight may be.
     """
 
     a: Tensor
     c: Tensor
     x_mean: Tensor
     y_mean: Tensor
+    most: int
 
     @staticmethod
     def of(layer: Layer, decay: float) -> Problem:
@@ -61,7 +62,7 @@ class Problem:
         taps = a.shape[1]
         strength = decay * a.diagonal(dim1=1, dim2=2).mean(1) * taps / count
         a = a + strength[:, None, None] * torch.eye(taps, dtype=a.dtype)
-        return Problem(a, c + strength[:, None, None] * weight, x, y)
+        return Problem(a, c + strength[:, None, None] * weight, x, y, layer.most)
 
     def loss(self, weight: Tensor) -> Tensor:
         """(G, O): of real weights (G, O, K), up to a constant."""
@@ -80,7 +81,7 @@ class Problem:
         for _ in range(most_steps):
             way = -torch.sign(slope)
             gain = 2 * step * slope.abs() - own
-            gain = gain.masked_fill((q + way).abs() > WEIGHT_MAX, -1.0)
+            gain = gain.masked_fill((q + way).abs() > self.most, -1.0)
             best, at = gain.max(2)
             moves = best > 0
             if not bool(moves.any()):

@@ -62,6 +62,11 @@ class Layer:
         return constant(self.program.graph_module, self._dequantize().args[1])  # type: ignore[arg-type]
 
     @property
+    def most(self) -> int:
+        """The largest integer that the weight may hold."""
+        return int(self._dequantize().args[5])  # type: ignore[arg-type]
+
+    @property
     def bias(self) -> Tensor | None:
         node = argument(self.node, 2, None)
         return None if node is None else constant(self.program.graph_module, node)

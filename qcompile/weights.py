@@ -1,12 +1,12 @@
-"""int8 weights of one layer: symmetric, one scale per output channel, rounded to nearest.
+"""Integer weights of one layer: symmetric, one scale per output channel, rounded to nearest.
 
-    weights   s_w[c] = r * max |w[c]| / 127, but at least |bias[c]| / (s_x * 2^30), so that the int32
+    weights   s_w[c] = r * max |w[c]| / most, but at least |bias[c]| / (s_x * 2^30), so that the int32
               bias fits (an all-zero channel too)
 
-The ratio r in [0.7, 1] is chosen per channel. With e the rounding error of the channel's weights and
-inputs of mean m and variance v, the output is off by m * sum(e) on average and by v * sum(e^2) in
-variance. Where mean and deviation are alike, as behind a relu, the expected square of the error is
-proportional to
+`most` is 127 for 8 bits and 7 for 4. The ratio r in [0.4, 1] is chosen per channel. With e the rounding
+error of the channel's weights and inputs of mean m and variance v, the output is off by m * sum(e) on
+average and by v * sum(e^2) in variance. Where mean and deviation are alike, as behind a relu, the
+expected square of the error is proportional to
 
     sum(e)^2 + sum(e^2)
 
@@ -19,25 +19,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.arith import WEIGHT_MAX
 from qcompile.ops.row import Weight
 
 _BIAS_MAX = 2**30
-_SMALLEST_RATIO, _RATIOS = 0.7, 61
+SMALLEST_RATIO, _RATIOS = 0.4, 121
 
 
-def quantize_weight(weight: Tensor, bias: Tensor | None, input_scale: float) -> Weight:
-    """Symmetric int8, one scale per output channel (dimension 0 of `weight`)."""
+def quantize_weight(weight: Tensor, bias: Tensor | None, input_scale: float, most: int) -> Weight:
+    """Integers up to `most`, one scale per output channel (dimension 0 of `weight`)."""
     rows = weight.to(torch.float32).flatten(1)
-    widest = rows.abs().amax(1) / WEIGHT_MAX if rows.shape[1] else rows.new_zeros(len(rows))
+    widest = rows.abs().amax(1) / most if rows.shape[1] else rows.new_zeros(len(rows))
     least = torch.zeros_like(widest) if bias is None else smallest_scale(bias, input_scale)
     best, lowest = widest, torch.full_like(widest, torch.inf)
-    for ratio in torch.linspace(1.0, _SMALLEST_RATIO, _RATIOS):
+    for ratio in torch.linspace(1.0, SMALLEST_RATIO, _RATIOS):
         scale = _positive(torch.maximum(widest * ratio, least))
-        error = nearest(rows, scale).mul_(scale[:, None]).sub_(rows)
+        error = nearest(rows, scale, most).mul_(scale[:, None]).sub_(rows)
         cost = error.sum(1).square() + error.square().sum(1)
         best, lowest = torch.where(cost < lowest, scale, best), torch.minimum(cost, lowest)
-    return Weight(nearest(rows, best).to(torch.int8).reshape(weight.shape), best)
+    return Weight(nearest(rows, best, most).to(torch.int8).reshape(weight.shape), best)
 
 
 def smallest_scale(bias: Tensor, input_scale: float) -> Tensor:
@@ -50,6 +49,6 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 2.0**-100, scale, 1.0)
 
 
-def nearest(rows: Tensor, scale: Tensor) -> Tensor:
-    """The integers nearest to `rows` (..., taps) at `scale` (...), one for each row."""
-    return torch.div(rows, scale[..., None]).round_().clamp_(-WEIGHT_MAX, WEIGHT_MAX)
+def nearest(rows: Tensor, scale: Tensor, most: int) -> Tensor:
+    """The integers up to `most` that are nearest to `rows` (..., taps) at `scale` (...), one for each row."""
+    return torch.div(rows, scale[..., None]).round_().clamp_(-most, most)

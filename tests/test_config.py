@@ -14,7 +14,7 @@ import qcompile
 from qcompile.config import QuantConfig
 from qcompile.errors import CalibrationWarning, ConfigError
 from qcompile.histograms import LeastSquares, Percentile
-from qcompile.ir import Program
+from qcompile.ir import Program, constant
 from qcompile.observers import MinMax, MovingAverage, Observer
 
 X = (randn(1, 4, 6, 6),)
@@ -70,6 +70,19 @@ def test_of_several_overrides_later_ones_win() -> None:
     assert [o.percentile for o in found.values() if isinstance(o, Percentile)] == [99.99, 90.0, 99.0]
 
 
+@pytest.mark.parametrize("preset", [None, "best"])
+def test_weights_have_as_many_bits_as_their_layer_is_given(preset: str | None) -> None:
+    config = QuantConfig(preset=preset, weight_bits=4, overrides={nn.Linear: {"weight_bits": 3}})
+    program = qcompile.quantize(network(), calibration=images(20), config=config).program
+    largest = {
+        str(n.target).split(".")[1]: int(constant(program.graph_module, weight).abs().max())
+        for n in program.graph.nodes
+        for weight in n.args[1:2]
+        if isinstance(weight, fx.Node) and str(weight.target).endswith("_weight")
+    }
+    assert largest == {"conv2d": 7, "linear": 3}
+
+
 def test_layers_are_excluded_by_type() -> None:
     result = qcompile.quantize(network(), calibration=images(), config=QuantConfig(exclude=(nn.Linear,)))
     left = [row for row in result.coverage if row.kind == "float" and "linear" in row.op]
@@ -87,6 +100,9 @@ def test_layers_are_excluded_by_type() -> None:
         ({"observer": "percentile", "percentile": 101}, "percentile is 101"),
         ({"overrides": {"a": {"percentile": 99.0}}}, r"is for the observer 'percentile', not for 'minmax'"),
         ({"overrides": {"a": {"bits": 4}}}, r"unknown option 'bits'(.|\n)*observer, percentile, averaging"),
+        ({"weight_bits": 9}, r"weight_bits is 9(.|\n)*from 2 to 8"),
+        ({"weight_bits": True}, "weight_bits is True"),
+        ({"overrides": {"a": {"weight_bits": 1}}}, "weight_bits is 1"),
         ({"overrides": {"a": {}}}, "an override has no options"),
         ({"overrides": {"a": {"observer": "best"}}}, "unknown observer 'best'"),
         ({"overrides": {5: {"observer": "mse"}}}, "overrides is"),

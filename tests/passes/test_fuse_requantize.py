@@ -110,7 +110,7 @@ def test_all_zero_calibration_gives_a_finite_program() -> None:
 
 
 def test_a_weight_scale_leaves_room_for_the_bias() -> None:
-    weight = quantize_weight(torch.zeros(2, 3), torch.tensor([1000.0, 0.0]), 1e-3)
+    weight = quantize_weight(torch.zeros(2, 3), torch.tensor([1000.0, 0.0]), 1e-3, 127)
     assert float(1000.0 / (1e-3 * weight.scale[0])) <= 2**30 * 1.0001
     assert float(weight.scale[1]) > 0
 
