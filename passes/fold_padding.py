@@ -19,7 +19,7 @@ from qcompile import rewrite
 from qcompile.ir import Program, Property, shape_of
 from qcompile.passes.base import Context, Pass
 from qcompile.rewrite import Rule, call
-from qcompile.sites import COVERS, only_user
+from qcompile.sites import COVERS, HOLDS, only_user
 
 _CONV2D, _CONV1D = torch.ops.qcompile.conv2d.default, torch.ops.qcompile.conv1d.default
 _PAD = torch.ops.aten.constant_pad_nd.default
@@ -59,6 +59,8 @@ def _replace(program: Program, node: fx.Node) -> fx.Node:
     new = call(program, node, node.target, *args, **node.kwargs)
     covers = node.meta.get(COVERS, ())
     new.meta[COVERS] = (*pad.meta.get(COVERS, ()), *covers) if only_user(pad) is node else covers
+    if HOLDS in node.meta:
+        new.meta[HOLDS] = node.meta[HOLDS]
     return new
 
 

@@ -20,7 +20,7 @@ from qcompile.ir import LedgerRow, Program, Property, QParams, add_constant, con
 from qcompile.ops.row import Output, QValue, Site, Weight
 from qcompile.ops.unary import clamp_bounds
 from qcompile.passes.base import Context, Pass
-from qcompile.sites import COVERS, STAYS_FLOAT, Group, computes_no_reals, is_computed, is_shape, read
+from qcompile.sites import COVERS, HOLDS, STAYS_FLOAT, Group, Held, computes_no_reals, is_computed, is_shape, read
 
 qd = torch.ops.quantized_decomposed
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
@@ -164,10 +164,12 @@ class _Builder:
         tensor: Any = node.args[0]
         params = _params(node)
         if tensor in self.groups:
-            return QValue(self.fuse(self.groups[tensor], params), params)
-        args = (self.value(tensor), inverse_scale(params.scale), params.zero_point)
-        new = self.new.graph.call_function(torch.ops.qcompile.quantize.default, args)
-        return QValue(copy_meta(new, tensor), params)
+            new = self.fuse(self.groups[tensor], params)
+        else:
+            args = (self.value(tensor), inverse_scale(params.scale), params.zero_point)
+            new = copy_meta(self.new.graph.call_function(torch.ops.qcompile.quantize.default, args), tensor)
+        new.meta[HOLDS] = Held(tensor.name, params)
+        return QValue(new, params)
 
     def fuse(self, group: Group, output: QParams) -> fx.Node:
         lo, hi = _clamp(group, output)

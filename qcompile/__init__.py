@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qcompile.compiler import compile as compile
     from qcompile.config import QuantConfig as QuantConfig
     from qcompile.errors import QcompileError as QcompileError
+    from qcompile.evaluation import diagnose as diagnose
     from qcompile.evaluation import evaluate as evaluate
     from qcompile.quantizer import QuantizedModel as QuantizedModel
     from qcompile.quantizer import quantize as quantize
@@ -33,6 +34,7 @@ _HOME = {
     "QuantizedModel": "qcompile.quantizer",
     "Tuning": "qcompile.tuning",
     "compile": "qcompile.compiler",
+    "diagnose": "qcompile.evaluation",
     "evaluate": "qcompile.evaluation",
     "load": "qcompile.runtime",
     "quantize": "qcompile.quantizer",
@@ -46,6 +48,7 @@ __all__ = [
     "QuantizedModel",
     "Tuning",
     "compile",
+    "diagnose",
     "evaluate",
     "load",
     "passes",

@@ -19,7 +19,21 @@ from qcompile.inputs import flatten, is_empty, unflatten
 from qcompile.ir import LedgerRow, Program, Property
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
 from qcompile.passes import Context, Pipeline, default_pipeline
-from qcompile.passes.base import Objection, Progress
+from qcompile.passes.base import Objection, Pass, Progress
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a program was made of its model: enough to make the float graph once more, node for node.
+
+    Attributes as the arguments of `quantize`.
+    """
+
+    passes: tuple[Pass, ...]
+    config: QuantConfig
+    dynamic_shapes: Any = None
+    objection: Objection | None = None
+    rewrite_limit: int | None = None
 
 
 @dataclass
@@ -29,10 +43,12 @@ class QuantizedModel:
     Attributes:
         program: the integer graph, its inputs and its ledger.
         passes: what each pass did.
+        recipe: how the program was made; None where it came from elsewhere.
     """
 
     program: Program
     passes: list[PassRecord]
+    recipe: Recipe | None = None
 
     @property
     def coverage(self) -> list[LedgerRow]:
@@ -108,4 +124,4 @@ def quantize(
         )
     with torch.no_grad():
         records = manager.run(program, context)
-    return QuantizedModel(program, records)
+    return QuantizedModel(program, records, Recipe(manager.passes, config, dynamic_shapes, objection, rewrite_limit))
