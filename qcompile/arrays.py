@@ -11,9 +11,7 @@ import numpy as np
 from qcompile.errors import CalibrationError, QcompileError
 
 
-def read_model(
-    model: Path, calibration: Path | None, batch: int | None
-) -> tuple[Any, list[tuple[Any, ...]] | None]:
+def read_model(model: Path, calibration: Path | None, batch: int | None) -> tuple[Any, list[tuple[Any, ...]] | None]:
     """The exported program, and its calibration batches if there are any."""
     from qcompile.exported import example_batch, load_exported
 

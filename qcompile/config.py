@@ -122,7 +122,10 @@ class QuantConfig:
 
     def _with(self, options: Mapping[str, Any], selector: Selector) -> QuantConfig:
         """This configuration with the options of an override."""
-        place, known = f"overrides[{selector!r}]", ("observer", *_OBSERVER_OF, "weight_bits", "activations", "group_size")
+        place, known = (
+            f"overrides[{selector!r}]",
+            ("observer", *_OBSERVER_OF, "weight_bits", "activations", "group_size"),
+        )
         unknown = [name for name in options if name not in known]
         if unknown or not options:
             raise ConfigError(

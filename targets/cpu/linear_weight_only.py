@@ -12,7 +12,9 @@ bound by the memory that weights come from, so what counts there is how few byte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,12 @@ class Packed:
     data: np.ndarray
     per_step: int
 
-    def widen(self, loaded: Any, j: int) -> Any:
-        """The weights of the step's j-th k as float32."""
+    def widen(self, loaded: Any, j: int, lookup: Callable[[Any], Any] | None) -> Any:
+        """The weights of the step's j-th k as float32; `lookup`: of the low four bits, where there is a faster way."""
         if self.per_step == 1:
             return T.cast(loaded, f"float32x{LANES}")
+        if lookup is not None:
+            return lookup(T.shift_right(loaded, splat(T.int32(4 * j), LANES)) if j else loaded)
         up = T.shift_left(loaded, splat(T.int32(28 - 4 * j), LANES))
         return T.cast(T.shift_right(up, splat(T.int32(28), LANES)), f"float32x{LANES}")
 
@@ -98,14 +102,17 @@ def linear_weight_only(
         "biases": np.pad(bias, (0, blocks * block - outputs)),
     }
     per_step = packed.per_step
+    if isa.lookup is not None and per_step > 1:
+        constants["table"] = np.asarray([*range(8), *range(-8, 0)], np.float32)
     unrolled = NIBBLES if per_step > 1 else 4
     with function("linear_weight_only") as (args, done):
         source = args.buffer("x", rows * features, "float32")
-        weights, scales, biases = args.constants(**constants)
+        weights, scales, biases, *table = args.constants(**constants)
         args.symbols(symbols)
         y = args.buffer("y", rows * outputs, "float32")
 
         def tile(r: Any, b: Any, count: int) -> None:
+            lookup = partial(isa.lookup, load(table[0], 0, LANES)) if isa.lookup is not None and table else None
             acc, total = (Registers(count * vectors, LANES, "float32") for _ in range(2))
             for i in range(count * vectors):
                 total[i] = load(biases, b * block + i % vectors * LANES, LANES)
@@ -116,7 +123,7 @@ def linear_weight_only(
                     at = ((b * steps + (k + first) // per_step) * vectors) * LANES
                     loaded = [load(weights, at + v * LANES, LANES) for v in range(vectors)]
                     for j in range(min(per_step, size - first)):
-                        wide = [packed.widen(word, j) for word in loaded]
+                        wide = [packed.widen(word, j, lookup) for word in loaded]
                         for i in range(count):
                             value = splat(source[(r + i) * features + (k + first + j)], LANES)
                             for v in range(vectors):
