@@ -117,7 +117,7 @@ def test_static_convolutions_and_other_heads_work_together() -> None:
             nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 24), nn.Linear(24, 16), nn.Linear(16, 9)
         )
     )
-    overrides = {"3": KINDS["dynamic"], "4": KINDS["int4 weights"]}
+    overrides: dict[Any, Any] = {"3": KINDS["dynamic"], "4": KINDS["int4 weights"]}
     images = [randn(4, 3, 8, 8, seed=i) for i in range(4)]
     compiled = qcompile.compile(model, calibration=images, config=QuantConfig(overrides=overrides), strict=True)
     assert kinds(compiled) == {"3": "integer", "4": "weight-only", "5": "integer"}
