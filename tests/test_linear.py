@@ -163,6 +163,43 @@ def test_rows_are_independent_and_a_bad_one_spoils_itself_alone() -> None:
     assert not torch.equal(compiled(x * 1000)[0], clean[0])
 
 
+def test_4_bits_in_groups_keep_the_accuracy_of_digits() -> None:
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    model = seeded(lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10)))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(4))
+    known, held_out = order[:1200], order[1200:]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[known]), y[known]).backward()
+        optimizer.step()
+
+    def right(answer: Tensor) -> float:
+        return float((answer.argmax(1) == y[held_out]).float().mean())
+
+    answers = model(x[held_out])
+    assert right(answers) > 0.94
+    for bits, loss in ((4, 0.01), (2, 0.2)):
+        config = QuantConfig(activations="float", weight_bits=bits, group_size=32)
+        quantized = qcompile.quantize(model, config=config, example_inputs=x[held_out])(x[held_out])
+        assert right(quantized) > right(answers) - loss
+        changed = float((quantized.argmax(1) != answers.argmax(1)).float().mean())
+        assert changed < loss * 2
+    assert changed > 0  # two bits are not enough to change nothing
+
+
+def test_groups_help_where_a_few_columns_are_large() -> None:
+    layer, x = seeded(lambda: nn.Linear(256, 32)), randn(16, 256)
+    with torch.no_grad():
+        layer.weight[:, ::97] *= 20
+    found = []
+    for group_size in (256, 32):
+        config = QuantConfig(activations="float", weight_bits=4, group_size=group_size)
+        found.append(noise(layer, qcompile.quantize(layer, config=config, example_inputs=x), x))
+    assert found[1] < 0.8 * found[0]
+
+
 def test_excluded_layers_stay_float() -> None:
     config = QuantConfig(activations="dynamic", exclude=("2",))
     quantized = qcompile.quantize(mlp(), config=config, example_inputs=randn(5, 50))
