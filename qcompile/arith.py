@@ -123,7 +123,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     bits = total.view(torch.int64)
     # Inexact and even: step one unit in the last place towards the error, which makes it odd.
     away = torch.where((error > 0) == (total > 0), 1, -1)
-    odd = torch.where((error != 0) & (bits % 2 == 0) & torch.isfinite(total), bits + away, bits)
+    odd = torch.where((error.abs() > 0) & (bits & 1 == 0), bits + away, bits)  # an infinite total has error NaN
     return odd.view(torch.float64).to(torch.float32)
 
 

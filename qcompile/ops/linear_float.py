@@ -24,6 +24,8 @@ from torch import Tensor
 from qcompile import arith
 from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_int8
 
+_IN_CACHE = 1 << 14  # outputs that are summed at once: an emulated fma makes a dozen passes over them
+
 
 def linear_dynamic(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Reference. x (..., K) float32, weight (N, K) int8, scale and bias (N,) float32 -> (..., N) float32.
@@ -43,15 +45,21 @@ def linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, g
     """Reference. x (..., K) float32, weight (N, K) int8, scale (N, ceil(K / group_size)) float32, bias (N,)
     float32 -> (..., N) float32. The last group may be shorter.
     """
-    rows = x.flatten(0, -2).to(torch.float32)
-    columns = weight.to(torch.float32).T
-    total = bias.expand(len(rows), len(weight))
+    rows, columns = x.flatten(0, -2).to(torch.float32), weight.to(torch.float32).T
+    few = max(1, _IN_CACHE // max(1, len(weight)))
+    parts = [_chains(part, columns, scale, bias, group_size) for part in rows.split(few)]
+    return torch.cat(parts).reshape(*x.shape[:-1], len(weight))
+
+
+def _chains(rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:
+    """(rows, K) and (K, N) -> (rows, N)."""
+    total = bias.expand(len(rows), len(bias))
     for group, start in enumerate(range(0, len(columns), group_size)):
         acc = torch.zeros(total.shape)
         for k in range(start, min(start + group_size, len(columns))):
             acc = arith.fma(rows[:, k, None], columns[k], acc)
         total = arith.fma(acc, scale[:, group].expand(acc.shape), total)
-    return total.reshape(*x.shape[:-1], len(weight)).clone()
+    return total
 
 
 def linear_weight_only_fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, group_size: int) -> Tensor:
