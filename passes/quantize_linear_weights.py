@@ -25,6 +25,7 @@ from qcompile.sites import COVERS
 from qcompile.weights import quantize_weight
 
 _LINEAR = torch.ops.aten.linear.default
+_IN_CACHE = 1 << 17  # weights whose scales are searched for at once
 _DYNAMIC, _WEIGHT_ONLY = ops.row("linear_dynamic"), ops.row("linear_weight_only")
 
 
@@ -94,8 +95,9 @@ def in_groups(weight: Tensor, size: int, most: int) -> Weight:
     """(N, K) float -> int8 up to `most`, with a scale (N, groups) for each `size` values along K."""
     outputs, features = weight.shape
     rows = pad(weight, (0, -features % size)).reshape(-1, size)  # zeros are exact at every scale
-    made = quantize_weight(rows, None, 1.0, most)
-    return Weight(made.q.reshape(outputs, -1)[:, :features].contiguous(), made.scale.reshape(outputs, -1))
+    made = [quantize_weight(part, None, 1.0, most) for part in rows.split(max(1, _IN_CACHE // size))]
+    q, scale = (torch.cat([getattr(part, field) for part in made]).reshape(outputs, -1) for field in ("q", "scale"))
+    return Weight(q[:, :features].contiguous(), scale)
 
 
 def _account(program: Program, node: fx.Node, **fields: Any) -> None:

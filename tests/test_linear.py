@@ -192,7 +192,7 @@ def test_4_bits_in_groups_keep_the_accuracy_of_digits() -> None:
 def test_groups_help_where_a_few_columns_are_large() -> None:
     layer, x = seeded(lambda: nn.Linear(256, 32)), randn(16, 256)
     with torch.no_grad():
-        layer.weight[:, ::97] *= 20
+        layer.weight[:, ::97] *= 20  # type: ignore[operator,index]
     found = []
     for group_size in (256, 32):
         config = QuantConfig(activations="float", weight_bits=4, group_size=group_size)
