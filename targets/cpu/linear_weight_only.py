@@ -32,7 +32,7 @@ NIBBLES = 8  # in a lane
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights as the kernel reads them: (block, step, vector, lane), `per_step` values of k in a step."""
+    """Weights as the kernel reads them: (block, step, lane of the block), `per_step` values of k in a step."""
 
     data: np.ndarray
     per_step: int
