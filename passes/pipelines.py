@@ -17,6 +17,7 @@ from qcompile.passes.fold_padding import FoldPadding
 from qcompile.passes.fuse_requantize import FuseRequantize
 from qcompile.passes.insert_observers import InsertObservers
 from qcompile.passes.quantize import Quantize
+from qcompile.passes.quantize_linear_weights import QuantizeLinearWeights
 from qcompile.passes.round_weights import RoundWeights
 
 ENTRY_POINTS = "qcompile.passes"
@@ -101,6 +102,7 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             *((RoundWeights(),) if config is not None and config.preset and config.kept_samples else ()),
             FuseRequantize(),
             FoldPadding(),
+            QuantizeLinearWeights(),
         )
     )
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):

@@ -65,12 +65,15 @@ Threads = Annotated[int | None, typer.Option(help="threads for a call [default: 
 @app.command("compile")
 def compile_command(
     model: Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")],
-    calibration: Annotated[Path, typer.Option(help="typical inputs: .npz, one array per input, first axis = samples")],
     output: Annotated[Path, typer.Option("--output", "-o", help="where the compiled model goes (.qcm)")],
+    calibration: Annotated[
+        Path | None, typer.Option(help="typical inputs: .npz, one array per input, first axis = samples")
+    ] = None,
     target: Annotated[str, typer.Option(help="what to compile for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
     weight_bits: Annotated[int, typer.Option(help="bits of a weight, 2 to 8")] = 8,
+    activations: Annotated[str, typer.Option(help="static; or, for linear layers, dynamic or float")] = "static",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
     tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
     threads: Threads = None,
@@ -80,7 +83,7 @@ def compile_command(
     from qcompile.config import QuantConfig
     from qcompile.tuning import Tuning
 
-    config = QuantConfig(preset=preset, weight_bits=weight_bits)
+    config = QuantConfig(preset=preset, weight_bits=weight_bits, activations=activations)
     program, batches = read_model(model, calibration, batch)
     known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:
@@ -306,7 +309,8 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
 
 def _counts(coverage: tuple[CoverageRow, ...]) -> str:
     kinds = [row.kind for row in coverage]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("integer", "float", "shape"))
+    known = ("integer", *(("weight-only",) if "weight-only" in kinds else ()), "float", "shape")
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in known)
 
 
 def _interface(artifact: Artifact) -> list[tuple[str, ...]]:

@@ -138,7 +138,8 @@ def compile(
         model: an nn.Module in eval mode, an fx.GraphModule or an ExportedProgram; it is not modified.
         target: a name from `qcompile.targets.names()`, or a Target. "native": the machine this runs on.
         example_inputs: a tensor, a tuple or a dict (keyword inputs); default: the first calibration batch.
-        calibration: an iterable of such inputs (a DataLoader works), read once, batch by batch.
+        calibration: an iterable of such inputs (a DataLoader works), read once, batch by batch. Not needed, with
+            `example_inputs`, where the config gives no layer static activations.
         dynamic_shapes: as torch.export takes it, for example ``({0: torch.export.Dim("batch", max=64)},)``.
         config: how to quantize.
         pipeline: the passes, for example ``default_pipeline().after("canonicalize", MyPass())``.

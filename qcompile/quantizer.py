@@ -91,6 +91,7 @@ def quantize(
             of `calibration` is used.
         calibration: an iterable of inputs, each as `example_inputs`; read once, batch by batch. A
             batch may hold more than the model takes (labels), and may be a multiple of a static batch size.
+            Not needed, with `example_inputs`, where the config gives no layer static activations.
         dynamic_shapes: as torch.export takes it.
         config: how to quantize.
         pipeline: the passes; `qcompile.passes.default_pipeline()` to start from.
@@ -105,13 +106,14 @@ def quantize(
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
-    if calibration is None:
+    has_example = not is_empty(example_inputs) or isinstance(model, ExportedProgram)
+    if calibration is None and (config.activations == "static" or not has_example):
         raise CalibrationError(
             "no calibration data",
             remedy="pass calibration=an iterable of typical inputs, for example a list of 32 preprocessed images",
         )
-    batches = Batches(calibration)
-    if is_empty(example_inputs) and not isinstance(model, ExportedProgram):
+    batches = None if calibration is None else Batches(calibration)
+    if batches is not None and not has_example:
         example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
     context = Context(config, batches, progress, rewrite_limit, objection)

@@ -141,6 +141,20 @@ def test_compile_makes_a_model_that_runs(exported: Path, tmp_path: Path) -> None
     assert np.abs(model(images[:1]) - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
+def test_dynamic_activations_need_no_calibration(exported: Path, tmp_path: Path) -> None:
+    layer, x = nn.Linear(20, 9).eval(), torch.randn(3, 20)
+    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+    result = qcompile("compile", tmp_path / "layer.pt2", "--activations", "dynamic", "-o", tmp_path / "layer.qcm")
+    assert result.exit_code == 0, result.output
+    assert "1 integer, 0 float, 0 shape" in result.output
+    assert load(tmp_path / "layer.qcm").selftest().passed
+    result = qcompile("compile", tmp_path / "layer.pt2", "--activations", "float", "-o", tmp_path / "layer.qcm")
+    assert "0 integer, 1 weight-only, 0 float, 0 shape" in result.output
+    result = qcompile("compile", exported, "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 1
+    assert "no calibration data" in result.output
+
+
 def test_calibration_arrays_must_have_equal_lengths(exported: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", a=np.ones((4, 3, 8, 8), np.float32), b=np.ones((5, 1), np.float32))
     result = qcompile("compile", exported, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "net.qcm")
