@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import rewrite
-from qcompile.ir import Program, Property, add_constant, constant, is_constant, shape_of
+from qcompile.ir import Origin, Program, Property, add_constant, constant, is_constant, origin, shape_of
 from qcompile.passes.base import Context, Pass
 from qcompile.rewrite import Rule, call
 from qcompile.sites import only_user
@@ -104,8 +104,12 @@ def _fold(program: Program, node: fx.Node) -> fx.Node:
     weight = weight * g.reshape(-1, *[1] * (weight.dim() - 1))
     if bias_node is not None:
         shift = shift + constant(program.graph_module, bias_node).to(torch.float64) * g
-    new_weight = add_constant(program.graph_module, f"{weight_node.target}_folded", weight.to(torch.float32))
-    new_bias = add_constant(program.graph_module, f"{weight_node.target}_folded_bias", shift.to(torch.float32))
+    (gamma, beta, *_), _ = _statistics(norm)
+    of_weight, of_bias = origin(weight_node, gamma), origin(bias_node, beta)
+    if of_weight is not None and of_bias is not None:  # it is the layer's bias now
+        of_bias = Origin(of_weight.sibling("bias").path, of_bias.trainable)
+    new_weight = add_constant(program.graph_module, f"{weight_node.target}_folded", weight.float(), of_weight)
+    new_bias = add_constant(program.graph_module, f"{weight_node.target}_folded_bias", shift.float(), of_bias)
     return call(program, before, before.target, before.args[0], new_weight, new_bias, *before.args[3:])
 
 
@@ -126,10 +130,10 @@ def _to_depthwise(program: Program, node: fx.Node) -> fx.Node:
     x: Any = norm.args[0]
     rank, channels = len(shape_of(x)), len(g)
     spatial = 2 if rank == 4 else 1
-    weight = add_constant(
-        program.graph_module, f"{node.name}_scale", g.to(torch.float32).reshape(channels, 1, *[1] * spatial)
-    )
-    bias = add_constant(program.graph_module, f"{node.name}_shift", shift.to(torch.float32))
+    (gamma, beta, *_), _ = _statistics(norm)
+    rows = g.float().reshape(channels, 1, *[1] * spatial)
+    weight = add_constant(program.graph_module, f"{node.name}_scale", rows, origin(gamma))
+    bias = add_constant(program.graph_module, f"{node.name}_shift", shift.float(), origin(beta))
     if rank == 2:
         x = call(program, norm, aten.unsqueeze.default, x, 2)
     conv = aten.conv2d.default if rank == 4 else aten.conv1d.default

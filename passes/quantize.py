@@ -15,7 +15,7 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import fx
 
 from qcompile.arith import QMAX, QMIN
-from qcompile.ir import Program, Property, QParams, add_constant, constant, copy_meta
+from qcompile.ir import ORIGIN, Program, Property, QParams, add_constant, constant, copy_meta
 from qcompile.observers import Observer, root
 from qcompile.passes.base import Context, Pass
 from qcompile.sites import STAYS_FLOAT, Group, place, read
@@ -86,6 +86,8 @@ def _quantize_weight(program: Program, context: Context, group: Group, input_sca
     new.meta["val"] = weight_node.meta["val"]
     args[row.weight_arg] = copy_meta(new, node)
     context.originals[new.name] = original
+    if ORIGIN in weight_node.meta:
+        new.meta[ORIGIN] = weight_node.meta[ORIGIN]
     node.args = tuple(args)
 
 

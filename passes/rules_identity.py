@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir import Program, add_constant, constant, copy_meta, is_constant, shape_of
+from qcompile.ir import Program, add_constant, constant, copy_meta, is_constant, origin, shape_of
 from qcompile.rewrite import Rule, call
 
 aten = torch.ops.aten
@@ -79,7 +79,8 @@ def _compute(program: Program, node: fx.Node) -> fx.Node:
     target: Any = node.target
     with torch.no_grad():
         value = target(*args, **kwargs)
-    return copy_meta(add_constant(program.graph_module, f"{node.name}_constant", value), node)
+    made_of = origin(*node.all_input_nodes) if value.is_floating_point() else None
+    return copy_meta(add_constant(program.graph_module, f"{node.name}_constant", value, made_of), node)
 
 
 # Operators that are applied to weights before use: reshapes, transposes, normalizations, arithmetic.

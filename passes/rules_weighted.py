@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.ir import Program, add_constant, constant, is_constant, shape_of
+from qcompile.ir import Program, add_constant, constant, is_constant, origin, shape_of
 from qcompile.rewrite import Rule, call
 from qcompile.sites import only_user
 
@@ -120,7 +120,7 @@ def _check_matmul(program: Program, node: fx.Node) -> str | None:
 
 def _transposed(program: Program, weight: fx.Node) -> fx.Node:
     value = constant(program.graph_module, weight).t()
-    return add_constant(program.graph_module, f"{weight.target}_t", value)
+    return add_constant(program.graph_module, f"{weight.target}_t", value, origin(weight))
 
 
 def _matmul_to_linear(program: Program, node: fx.Node) -> fx.Node:

@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from qcompile.errors import QcompileError as QcompileError
     from qcompile.evaluation import diagnose as diagnose
     from qcompile.evaluation import evaluate as evaluate
+    from qcompile.qat import QatModel as QatModel
     from qcompile.quantizer import QuantizedModel as QuantizedModel
     from qcompile.quantizer import quantize as quantize
     from qcompile.runtime import load as load
+    from qcompile.training import prepare_qat as prepare_qat
     from qcompile.tuning import Tuning as Tuning
 
 __version__ = "0.1.0"
 
 _HOME = {
     "CompiledModel": "qcompile.compiler",
+    "QatModel": "qcompile.qat",
     "QcompileError": "qcompile.errors",
     "QuantConfig": "qcompile.config",
     "QuantizedModel": "qcompile.quantizer",
@@ -37,12 +40,14 @@ _HOME = {
     "diagnose": "qcompile.evaluation",
     "evaluate": "qcompile.evaluation",
     "load": "qcompile.runtime",
+    "prepare_qat": "qcompile.training",
     "quantize": "qcompile.quantizer",
 }
 _SUBPACKAGES = ("passes", "targets")
 
 __all__ = [
     "CompiledModel",
+    "QatModel",
     "QcompileError",
     "QuantConfig",
     "QuantizedModel",
@@ -52,6 +57,7 @@ __all__ = [
     "evaluate",
     "load",
     "passes",
+    "prepare_qat",
     "quantize",
     "targets",
 ]

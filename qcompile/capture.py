@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.inputs import example_call, input_specs, is_empty, output_structure
-from qcompile.ir import Program, Property, Stage, finish, source, where
+from qcompile.ir import ORIGIN, Origin, Program, Property, Stage, finish, source, where
 from qcompile.trace import export_refused
 
 aten = torch.ops.aten
@@ -207,7 +207,10 @@ def _unlift(exported: ExportedProgram) -> fx.GraphModule:
                     remedy="pass it as a tensor, or fix its value in the model",
                 )
             continue
-        env[node] = _constant_node(graph_module, node, _constant_value(exported, spec), str(spec.target))
+        value = _constant_value(exported, spec)
+        env[node] = _constant_node(graph_module, node, value, str(spec.target))
+        if spec.kind is InputKind.PARAMETER:
+            env[node].meta[ORIGIN] = Origin(str(spec.target), value.requires_grad)
     for node in exported.graph.nodes:
         if node.op == "get_attr":
             value = getattr(exported.graph_module, str(node.target))

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qcompile.errors import CalibrationError, CaptureError
+from qcompile.errors import CalibrationError, CaptureError, InputError
 from qcompile.ir import InputSpec
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -164,6 +164,20 @@ def flatten(batch: Any, names: list[str]) -> list[Any] | None:
         batch = {k: v for k, v in batch.items() if any(n == k or n.startswith(f"{k}_") for n in names)}
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if leaf is not None]
     return leaves[: len(names)] if len(leaves) >= len(names) else None
+
+
+def arrange(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> list[Tensor]:
+    """Positional and keyword inputs of a call, in the order of the inputs `names`.
+
+    Raises:
+        InputError: an input is missing or is no tensor.
+    """
+    positional = flatten(args, names[: len(names) - len(kwargs)]) if args or not kwargs else []
+    rest = flatten(kwargs, names[len(positional or []) :]) if kwargs else []
+    flat = None if positional is None or rest is None else [*positional, *rest]
+    if flat is None or len(flat) != len(names) or not all(isinstance(v, Tensor) for v in flat):
+        raise InputError(f"the model takes {len(names)} tensors: {', '.join(names)}", remedy="pass them all")
+    return flat
 
 
 def unflatten(structure: Any, flat: Any) -> Any:

@@ -185,13 +185,40 @@ def constant(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     return value.detach()
 
 
+ORIGIN = "origin"  # node.meta key of a constant, and of a dequantized weight
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The parameter of the user's model that a constant holds, or is made of.
+
+    Attributes:
+        path: "layer1.0.conv1.weight".
+        trainable: whether the user lets training change it (`requires_grad`).
+    """
+
+    path: str
+    trainable: bool
+
+    def sibling(self, leaf: str) -> Origin:
+        """Another parameter of the same module."""
+        module = self.path.rpartition(".")[0]
+        return Origin(f"{module}.{leaf}" if module else leaf, self.trainable)
+
+
+def origin(*nodes: fx.Node | None) -> Origin | None:
+    """Of a constant made of `nodes`: the path of the first parameter among them, trainable if one of them is."""
+    found = [node.meta[ORIGIN] for node in nodes if node is not None and ORIGIN in node.meta]
+    return Origin(found[0].path, any(o.trainable for o in found)) if found else None
+
+
 # --- building nodes ------------------------------------------------------------------------------
 
 
-def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor, origin: Origin | None = None) -> fx.Node:
     """Register `value` as a buffer under a fresh name and return its get_attr node.
 
-    The caller holds the insertion point (``graph.inserting_before``).
+    The caller holds the insertion point (``graph.inserting_before``), and says of which parameter the value is made.
     """
     base = name.replace(".", "_")
     fresh, i = base, 0
@@ -202,6 +229,8 @@ def add_constant(graph_module: fx.GraphModule, name: str, value: Tensor) -> fx.N
     node = graph_module.graph.get_attr(fresh)
     mode = fake_mode(graph_module)
     node.meta["val"] = mode.from_tensor(getattr(graph_module, fresh), static_shapes=True)
+    if origin is not None:
+        node.meta[ORIGIN] = origin
     return node
 
 

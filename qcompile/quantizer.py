@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from qcompile.batches import Batches
 from qcompile.capture import capture
 from qcompile.config import QuantConfig
-from qcompile.errors import CalibrationError, ConfigError, InputError, PipelineError
-from qcompile.inputs import flatten, is_empty, unflatten
-from qcompile.ir import LedgerRow, Program, Property
+from qcompile.errors import CalibrationError, ConfigError, PipelineError, TargetError
+from qcompile.inputs import arrange, is_empty, unflatten
+from qcompile.ir import LedgerRow, Program, Property, source
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
 from qcompile.passes import Context, Pipeline, default_pipeline
 from qcompile.passes.base import Objection, Pass, Progress
+from qcompile.qat import QatModel
+from qcompile.qdq import is_dequantize, is_quantize, lift_weights
+from qcompile.sites import place, read
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class QuantizedModel:
     Attributes:
         program: the integer graph, its inputs and its ledger.
         passes: what each pass did.
-        recipe: how the program was made; None where it came from elsewhere.
+        recipe: how the program was made of a float model; None of a trained one.
     """
 
     program: Program
@@ -61,12 +65,7 @@ class QuantizedModel:
         Raises:
             InputError: an input is missing or is no tensor.
         """
-        names = [spec.name for spec in self.program.inputs]
-        positional = flatten(args, names[: len(names) - len(kwargs)]) if args or not kwargs else []
-        rest = flatten(kwargs, names[len(positional or []) :]) if kwargs else []
-        flat = None if positional is None or rest is None else [*positional, *rest]
-        if flat is None or len(flat) != len(names) or not all(isinstance(v, Tensor) for v in flat):
-            raise InputError(f"the model takes {len(names)} tensors: {', '.join(names)}", remedy="pass them all")
+        flat = arrange(args, kwargs, [spec.name for spec in self.program.inputs])
         return unflatten(self.program.output_structure, self.program(*flat))
 
 
@@ -86,7 +85,8 @@ def quantize(
     """Quantize `model`.
 
     Args:
-        model: in eval mode; it is not modified.
+        model: in eval mode; it is not modified. Of a module from `qcompile.prepare_qat` the trained values are taken;
+            it needs no calibration, and brings its configuration and pipeline.
         example_inputs: a tensor, a tuple or a dict (keyword inputs). Without them, the first batch
             of `calibration` is used.
         calibration: an iterable of inputs, each as `example_inputs`; read once, batch by batch. A
@@ -101,8 +101,41 @@ def quantize(
         rewrite_limit: run only the first so many rewrites, to bisect a wrong one.
 
     Raises:
-        CaptureError, CalibrationError, ConfigError, PipelineError, PassError, QuantizationError
+        CaptureError, CalibrationError, ConfigError, PipelineError, PassError, QuantizationError, TargetError
     """
+    if isinstance(model, QatModel):
+        _refuse_twice(
+            example_inputs=example_inputs,
+            calibration=calibration,
+            dynamic_shapes=dynamic_shapes,
+            config=config,
+            pipeline=pipeline,
+        )
+        program, passes = model.freeze(), model.rest
+        context = Context(model.config, None, progress, rewrite_limit, objection)
+        _check_capability(program, objection)
+        recipe = None
+    else:
+        program, context = begin(model, example_inputs, calibration, dynamic_shapes, config, objection, progress)
+        context.rewrite_limit = rewrite_limit
+        passes = tuple(pipeline if pipeline is not None else default_pipeline(context.config))
+        recipe = Recipe(passes, context.config, dynamic_shapes, objection, rewrite_limit)
+    check_end(passes, program)
+    with torch.no_grad():
+        records = PassManager(passes, dump).run(program, context)
+    return QuantizedModel(program, records, recipe)
+
+
+def begin(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None,
+    dynamic_shapes: Any,
+    config: QuantConfig | None,
+    objection: Objection | None,
+    progress: Progress | None,
+) -> tuple[Program, Context]:
+    """The captured program of `model`, and what its passes share. Arguments as for `quantize`."""
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
@@ -116,14 +149,48 @@ def quantize(
     if batches is not None and not has_example:
         example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
-    context = Context(config, batches, progress, rewrite_limit, objection)
-    manager = PassManager(tuple(pipeline if pipeline is not None else default_pipeline(config)), dump)
-    if Property.INTEGER not in check_order(manager.passes, program.properties):
+    return program, Context(config, batches, progress, objection=objection)
+
+
+def check_end(passes: tuple[Pass, ...], program: Program) -> None:
+    """Refuse a pipeline that does not make an integer program.
+
+    Raises:
+        PipelineError
+    """
+    if Property.INTEGER not in check_order(passes, program.properties):
         raise PipelineError(
             "the pipeline does not end in an integer program",
-            where=f"pipeline {', '.join(step.name for step in manager.passes) or 'without passes'}",
+            where=f"pipeline {', '.join(step.name for step in passes) or 'without passes'}",
             remedy="start from qcompile.passes.default_pipeline(), and keep 'fuse_requantize' or a pass in its place",
         )
-    with torch.no_grad():
-        records = manager.run(program, context)
-    return QuantizedModel(program, records, Recipe(manager.passes, config, dynamic_shapes, objection, rewrite_limit))
+
+
+def _refuse_twice(**given: Any) -> None:
+    """A trained module was quantized when it was prepared: nothing is left to choose."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                "the model was quantized before it was trained", where=name, remedy=f"give {name} to prepare_qat"
+            )
+
+
+def _check_capability(program: Program, objection: Objection | None) -> None:
+    """Refuse a trained module in which something is integer that the target cannot compute as such.
+
+    Raises:
+        TargetError: names the layer.
+    """
+    if objection is None:
+        return
+    trial = replace(program, graph_module=deepcopy(program.graph_module))
+    lift_weights(trial)
+    for group in read(trial.graph, is_dequantize, is_quantize):
+        reason = objection(group.row, group.root)
+        if reason:
+            raise TargetError(
+                f"the model was trained with an integer {group.row.name}: {reason}",
+                where=place(group.root),
+                source=source(group.root),
+                remedy="pass the same target to prepare_qat and to compile",
+            )

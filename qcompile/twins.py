@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from qcompile import ops
-from qcompile.ir import Program, add_constant, constant
+from qcompile.ir import Program, add_constant, constant, origin
 from qcompile.ops.conv import argument, geometry
 
 aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
@@ -79,8 +79,10 @@ class Layer:
 
     def set_bias(self, value: Tensor) -> None:
         """Give the layer a bias of its own."""
+        weight, old = origin(self._dequantize()), origin(argument(self.node, 2, None))
+        made_of = old or (None if weight is None else weight.sibling("bias"))
         with self.program.graph.inserting_before(self.node):
-            node = add_constant(self.program.graph_module, f"{self.node.name}_bias", value.to(torch.float32))
+            node = add_constant(self.program.graph_module, f"{self.node.name}_bias", value.to(torch.float32), made_of)
         args = list(self.node.args)
         args[2:3] = [node]
         self.node.args = tuple(args)

@@ -26,7 +26,7 @@ from qcompile.targets.capability import objection
 def with_layers(
     loaded: Model,
     model: ExportedProgram,
-    calibration: Iterable[Any],
+    calibration: Iterable[Any] | None,
     *,
     config: QuantConfig | None = None,
     threads: int | None = None,
