@@ -155,7 +155,7 @@ class _Layers:
         self._samples = 0
         self.note: str | None = None
         if not wanted:
-            self.note = "layers were not compared: they were not asked for (layers=16)"
+            self.note = "layers were not compared: they were not asked for (layers=16, or --calibration)"
         elif not isinstance(compiled, CompiledModel):
             self._left = 0
             self.note = (

@@ -164,7 +164,7 @@ class Diagnosis:
 
     def table(self, most: int | None = None) -> Table:
         """The `most` worst layers (default: all)."""
-        columns = ("layer", "operator", "accumulated", "isolated", "inputs", "output", "operator", "own", "saturated")
+        columns = ("layer", "op", "accumulated", "isolated", "inputs", "output", "operator", "own", "saturated")
         table = Table(title=self.summary, title_justify="left", title_style="")
         for position, column in enumerate(columns):
             table.add_column(column, justify="right" if position > 1 else "left", overflow="fold")
