@@ -11,21 +11,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 
 from qcompile import ops
-from qcompile.arith import QMAX, QMIN, inverse_scale
-from qcompile.ir import LedgerRow, Program, Property, QParams, add_constant, constant, copy_meta, where
+from qcompile.arith import inverse_scale
+from qcompile.ir import QPARAMS, LedgerRow, Program, Property, QParams, add_constant, constant, copy_meta, where
 from qcompile.ops.row import Output, QValue, Site, Weight
-from qcompile.ops.unary import clamp_bounds
+from qcompile.ops.unary import LOOKUP, clamp_bounds, requantize_table
 from qcompile.passes.base import Context, Pass
+from qcompile.qdq import MARKS, is_dequantize, is_quantize, lift_weights, params
 from qcompile.sites import COVERS, STAYS_FLOAT, Group, computes_no_reals, is_computed, is_shape, read
-
-qd = torch.ops.quantized_decomposed
-_QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
-_WEIGHT = qd.dequantize_per_channel.default
-_MARKS = (_QUANTIZE, _DEQUANTIZE, _WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -37,8 +32,11 @@ class FuseRequantize(Pass):
     establishes: ClassVar[frozenset[Property]] = frozenset({Property.INTEGER})
 
     def run(self, program: Program, context: Context) -> bool:
-        weights = _lift_weights(program)
-        groups = [g for g in read(program.graph, _is_dequantize, _is_quantize) if _keeps_scale(g)]
+        weights = {
+            stand_in: Weight(*(getattr(program.graph_module, name).detach() for name in names[:2]))
+            for stand_in, names in lift_weights(program).items()
+        }
+        groups = [g for g in read(program.graph, is_dequantize, is_quantize) if _keeps_scale(g)]
         program.ledger.rows = _ledger(program, groups)
         builder = _Builder(program, groups, weights)
         for node in program.graph.nodes:
@@ -48,54 +46,20 @@ class FuseRequantize(Pass):
         return True
 
 
-def _is_quantize(node: fx.Node) -> bool:
-    return node.target is _QUANTIZE
-
-
-def _is_dequantize(node: fx.Node) -> bool:
-    return node.target is _DEQUANTIZE and _is_quantize(node.args[0])  # type: ignore[arg-type]
-
-
-def _params(node: fx.Node) -> QParams:
-    """The quantization that a quantize or dequantize node applies."""
-    scale, zero_point, qmin, qmax = node.args[1:5]
-    return QParams(scale, zero_point, qmin, qmax)  # type: ignore[arg-type]
-
-
 def _keeps_scale(group: Group) -> bool:
     """An operator that only moves values can keep them int8 only at one and the same scale."""
     (q,) = group.tail.users
-    if group.row.output is not Output.SHARED or _params(q) == _params(group.operands[0]):
+    if group.row.output is not Output.SHARED or params(q) == params(group.operands[0]):
         return True
     group.root.meta[STAYS_FLOAT] = "its output is quantized differently from its input"
     return False
-
-
-def _lift_weights(program: Program) -> dict[fx.Node, Weight]:
-    """Put a constant in the place of each dequantized weight, as rows expect to find one.
-
-    The constant's node stands for real values of the weight; what it holds is the int8 tensor.
-    """
-    weights: dict[fx.Node, Weight] = {}
-    for node in list(program.graph.nodes):
-        if node.target is not _WEIGHT or node.args[3] != 0:
-            continue
-        q, scale = node.args[:2]
-        with program.graph.inserting_before(node):
-            stand_in = program.graph.get_attr(str(q.target))
-        stand_in.meta["val"] = node.meta["val"]
-        values = (constant(program.graph_module, n) for n in (q, scale))
-        weights[stand_in] = Weight(*values)
-        node.replace_all_uses_with(stand_in)
-        program.graph.erase_node(node)
-    return weights
 
 
 def _ledger(program: Program, groups: list[Group]) -> list[LedgerRow]:
     member_of = {member: group for group in groups for member in group.members}
     rows = []
     for node in program.graph.nodes:
-        if not is_computed(node) or node.target in _MARKS:
+        if not is_computed(node) or node.target in MARKS:
             continue
         _, reason = ops.match(node)
         kind, kernel = "float", ""
@@ -127,9 +91,9 @@ class _Builder:
             self.real[node] = self.new.graph.node_copy(node)
         elif node.op == "output":
             self.new.graph.node_copy(node, self.value)
-        elif _is_quantize(node):
+        elif is_quantize(node):
             self.int8[node] = self.quantized(node)
-        elif node.op == "call_function" and node not in self.members and not _is_dequantize(node):
+        elif node.op == "call_function" and node not in self.members and not is_dequantize(node):
             # The size of a tensor is that of its int8 value: no reason to dequantize it.
             sized = node.target is torch.ops.aten.sym_size.int
             self.real[node] = self.new.graph.node_copy(node, self.stored if sized else self.value)
@@ -137,12 +101,12 @@ class _Builder:
     def value(self, node: fx.Node) -> fx.Node:
         """The new node that holds the float value of `node`; made now if it is a constant or int8."""
         if node not in self.real:
-            self.real[node] = self.dequantize(node) if _is_dequantize(node) else self.copy_constant(node)
+            self.real[node] = self.dequantize(node) if is_dequantize(node) else self.copy_constant(node)
         return self.real[node]
 
     def stored(self, node: fx.Node) -> fx.Node:
         """The new node that holds `node` in any form: int8 if it has one."""
-        return self.int8[node.args[0]].node if _is_dequantize(node) else self.value(node)  # type: ignore[index]
+        return self.int8[node.args[0]].node if is_dequantize(node) else self.value(node)  # type: ignore[index]
 
     def copy_constant(self, node: fx.Node) -> fx.Node:
         value = constant(self.old, node)
@@ -157,17 +121,29 @@ class _Builder:
         args = (source.node, source.qparams.scale, source.qparams.zero_point)
         new = self.new.graph.call_function(torch.ops.qcompile.dequantize.default, args)
         # A graph from elsewhere may dequantize twice; one node serves all.
-        self.real.update({user: new for user in q.users if _is_dequantize(user)})
+        self.real.update({user: new for user in q.users if is_dequantize(user)})
         return copy_meta(new, node)
 
     def quantized(self, node: fx.Node) -> QValue:
         tensor: Any = node.args[0]
-        params = _params(node)
+        output = params(node)
         if tensor in self.groups:
-            return QValue(self.fuse(self.groups[tensor], params), params)
-        args = (self.value(tensor), inverse_scale(params.scale), params.zero_point)
+            return QValue(self.fuse(self.groups[tensor], output), output)
+        if is_dequantize(tensor):
+            return self.rescaled(self.int8[tensor.args[0]], output, tensor)
+        args = (self.value(tensor), inverse_scale(output.scale), output.zero_point)
         new = self.new.graph.call_function(torch.ops.qcompile.quantize.default, args)
-        return QValue(copy_meta(new, tensor), params)
+        new.meta[QPARAMS] = output
+        return QValue(copy_meta(new, tensor), output)
+
+    def rescaled(self, value: QValue, output: QParams, like: fx.Node) -> QValue:
+        """An int8 value that is quantized again."""
+        if value.qparams == output:
+            return value
+        table = self.constant(f"{like.name}_table", requantize_table(value.qparams, output))
+        new = self.new.graph.call_function(LOOKUP.op, (value.node, table))
+        new.meta[QPARAMS] = output
+        return QValue(copy_meta(new, like), output)
 
     def fuse(self, group: Group, output: QParams) -> fx.Node:
         lo, hi = _clamp(group, output)
@@ -189,6 +165,7 @@ class _Builder:
         args, kwargs = fx.node.map_arg((args, kwargs), self.translate)
         new = self.new.graph.create_node("call_function", target, args, kwargs, name=root.name)
         new.meta[COVERS] = tuple(n.name for n in group.members)
+        new.meta[QPARAMS] = output
         return copy_meta(new, root)
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
@@ -207,6 +184,6 @@ def _clamp(group: Group, output: QParams) -> tuple[int, int]:
         if bound is None:
             return default
         steps = round(max(-1e6, min(1e6, bound / output.scale)))
-        return max(QMIN, min(QMAX, steps + output.zero_point))
+        return max(output.qmin, min(output.qmax, steps + output.zero_point))
 
-    return quantized(low, QMIN), quantized(high, QMAX)
+    return quantized(low, output.qmin), quantized(high, output.qmax)

@@ -11,11 +11,13 @@ import numpy as np
 from qcompile.errors import CalibrationError, QcompileError
 
 
-def read_model(model: Path, calibration: Path, batch: int | None) -> tuple[Any, list[tuple[Any, ...]]]:
-    """The exported program, and its calibration batches."""
+def read_model(model: Path, calibration: Path | None, batch: int | None) -> tuple[Any, list[tuple[Any, ...]] | None]:
+    """The exported program, and its calibration batches where it needs some."""
     from qcompile.exported import example_batch, load_exported
 
     program = load_exported(model)
+    if calibration is None:
+        return program, None
     samples = read_arrays(calibration, CalibrationError)
     names = list(program.graph_signature.user_inputs)
     return program, _batches(samples, batch or example_batch(program), names, calibration)

@@ -58,15 +58,20 @@ app = typer.Typer(
     help="Compile PyTorch models to exact int8 machine code, and run them without PyTorch.",
 )
 
+ExportedFile = Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="typical inputs: .npz, one array per input, first axis = samples; none for a quantized model"),
+]
 ModelFile = Annotated[Path, typer.Argument(help="a compiled model (.qcm)", metavar="MODEL.qcm")]
 Threads = Annotated[int | None, typer.Option(help="threads for a call [default: all cores]")]
 
 
 @app.command("compile")
 def compile_command(
-    model: Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")],
-    calibration: Annotated[Path, typer.Option(help="typical inputs: .npz, one array per input, first axis = samples")],
+    model: ExportedFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="where the compiled model goes (.qcm)")],
+    calibration: Calibration = None,
     target: Annotated[str, typer.Option(help="what to compile for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
@@ -101,11 +106,11 @@ def compile_command(
 
 @app.command()
 def tune(
-    model: Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")],
-    calibration: Annotated[Path, typer.Option(help="typical inputs: .npz, one array per input, first axis = samples")],
+    model: ExportedFile,
     database: Annotated[
         Path, typer.Option("--database", "-d", help="what was found goes here, and is not measured again")
     ],
+    calibration: Calibration = None,
     target: Annotated[str, typer.Option(help="what to tune for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     device: Annotated[str | None, typer.Option(help="measure there: KEY@HOST:PORT of a TVM RPC tracker")] = None,

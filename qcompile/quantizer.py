@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qcompile.errors import CalibrationError, ConfigError, InputError, PipelineE
 from qcompile.inputs import flatten, is_empty, unflatten
 from qcompile.ir import LedgerRow, Program, Property
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
-from qcompile.passes import Context, Pipeline, default_pipeline
+from qcompile.passes import Context, Pipeline, default_pipeline, qdq_pipeline
 from qcompile.passes.base import Objection, Progress
 
 
@@ -67,17 +67,19 @@ def quantize(
     dump: str | Path | Dump | None = None,
     rewrite_limit: int | None = None,
 ) -> QuantizedModel:
-    """Quantize `model`.
+    """Quantize `model`, or take a quantized one (torchao's PT2E flow) as it is.
 
     Args:
-        model: in eval mode; it is not modified.
+        model: in eval mode; it is not modified. A quantized one needs `example_inputs` (an ExportedProgram has them)
+            and takes no calibration: its scales are given.
         example_inputs: a tensor, a tuple or a dict (keyword inputs). Without them, the first batch
             of `calibration` is used.
         calibration: an iterable of inputs, each as `example_inputs`; read once, batch by batch. A
             batch may hold more than the model takes (labels), and may be a multiple of a static batch size.
         dynamic_shapes: as torch.export takes it.
         config: how to quantize.
-        pipeline: the passes; `qcompile.passes.default_pipeline()` to start from.
+        pipeline: the passes; `qcompile.passes.default_pipeline()` to start from, or `qdq_pipeline()` for a
+            quantized model.
         objection: a target's capability: what it cannot do stays float.
         progress: called after each calibration batch.
         dump: where the graph after each pass goes: a folder or a callable.
@@ -89,17 +91,21 @@ def quantize(
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
-    if calibration is None:
-        raise CalibrationError(
-            "no calibration data",
-            remedy="pass calibration=an iterable of typical inputs, for example a list of 32 preprocessed images",
-        )
-    batches = Batches(calibration)
+    batches = None if calibration is None else Batches(calibration)
     if is_empty(example_inputs) and not isinstance(model, ExportedProgram):
+        if batches is None:
+            raise _no_calibration()
         example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
+    given = Property.GIVEN_QDQ in program.properties
+    if given:
+        _check_given(config, batches)
+    elif batches is None:
+        raise _no_calibration()
+    if pipeline is None:
+        pipeline = qdq_pipeline() if given else default_pipeline(config)
     context = Context(config, batches, progress, rewrite_limit, objection)
-    manager = PassManager(tuple(pipeline if pipeline is not None else default_pipeline(config)), dump)
+    manager = PassManager(tuple(pipeline), dump)
     if Property.INTEGER not in check_order(manager.passes, program.properties):
         raise PipelineError(
             "the pipeline does not end in an integer program",
@@ -109,3 +115,26 @@ def quantize(
     with torch.no_grad():
         records = manager.run(program, context)
     return QuantizedModel(program, records)
+
+
+def _no_calibration() -> CalibrationError:
+    return CalibrationError(
+        "no calibration data",
+        remedy="pass calibration=an iterable of typical inputs, for example a list of 32 preprocessed images "
+        "(for a model that is already quantized: example_inputs)",
+    )
+
+
+def _check_given(config: QuantConfig, batches: Batches | None) -> None:
+    """Refuse what would have no effect on a model that is already quantized."""
+    if batches is not None:
+        raise CalibrationError(
+            "the model is already quantized: there is nothing to calibrate",
+            remedy="leave calibration out and pass example_inputs, or pass the float model",
+        )
+    if replace(config, exclude=()) != QuantConfig():
+        raise ConfigError(
+            "the model is already quantized: preset, observer and overrides have nothing to act on",
+            where="config",
+            remedy="leave them out (exclude still keeps layers float), or pass the float model",
+        )
