@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qcompile.config import QuantConfig as QuantConfig
     from qcompile.errors import QcompileError as QcompileError
     from qcompile.evaluation import evaluate as evaluate
+    from qcompile.export.model import export_onnx as export_onnx
     from qcompile.quantizer import QuantizedModel as QuantizedModel
     from qcompile.quantizer import quantize as quantize
     from qcompile.runtime import load as load
@@ -34,6 +35,7 @@ _HOME = {
     "Tuning": "qcompile.tuning",
     "compile": "qcompile.compiler",
     "evaluate": "qcompile.evaluation",
+    "export_onnx": "qcompile.export.model",
     "load": "qcompile.runtime",
     "quantize": "qcompile.quantizer",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "Tuning",
     "compile",
     "evaluate",
+    "export_onnx",
     "load",
     "passes",
     "quantize",

@@ -1,6 +1,6 @@
-"""The command line: compile, tune, merge, run, inspect, selftest, targets.
+"""The command line: compile, export, tune, merge, run, inspect, selftest, targets.
 
-Only `compile` and `tune` need PyTorch, and these, `merge` and `targets` the compiler: the other commands
+Only `compile`, `export` and `tune` need PyTorch, and these, `merge` and `targets` the compiler: the other commands
 work on a device. A mistake prints what was wrong, where and what to do, and ends with 1.
 """
 
@@ -28,7 +28,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from qcompile.arrays import in_order, read_arrays, read_model
-from qcompile.artifact import Artifact, CoverageRow, TensorSpec
+from qcompile.artifact import Artifact, TensorSpec
 from qcompile.device import lacks, machine
 from qcompile.errors import InputError, QcompileError
 from qcompile.runtime import load, report
@@ -102,6 +102,29 @@ def compile_command(
     compiled.save(output)
     counts = _counts(compiled.coverage)
     out.print(f"{output}: {output.stat().st_size:,} bytes for {compiled.target}; {counts}", highlight=False)
+
+
+@app.command("export")
+def export_command(
+    model: ExportedFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="where the ONNX model goes (.onnx)")],
+    calibration: Calibration = None,
+    batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
+    preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
+    activations: Annotated[str, typer.Option(help="int8, or uint8 (ONNX Runtime on x86 is faster with it)")] = "int8",
+) -> None:
+    """Quantize a float model and write it as ONNX (QDQ), for other engines."""
+    from qcompile.config import QuantConfig
+    from qcompile.export import export_onnx
+    from qcompile.quantizer import quantize
+
+    config = QuantConfig(preset=preset)
+    program, batches = read_model(model, calibration, batch)
+    with _progress() as progress:
+        quantized = quantize(program, calibration=batches, config=config, progress=progress)
+    export_onnx(quantized, output, activations=activations)  # type: ignore[arg-type]
+    counts = _counts(quantized.coverage)
+    out.print(f"{output}: {output.stat().st_size:,} bytes; {counts}", highlight=False)
 
 
 @app.command()
@@ -249,7 +272,7 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
         yield advance
 
 
-def _counts(coverage: tuple[CoverageRow, ...]) -> str:
+def _counts(coverage: Sequence[Any]) -> str:
     kinds = [row.kind for row in coverage]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("integer", "float", "shape"))
 
