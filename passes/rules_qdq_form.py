@@ -7,10 +7,11 @@ dequantize(int8 constant), a weight             ->  dequantize_per_channel(int8 
 dequantize(int8 constant), anything else        ->  a float constant
 matmul(x, dequantize(W))                        ->  linear(x, dequantize(W^T))
 batch_norm(conv(x, dequantize(q, s), b))        ->  conv(x, dequantize(sign(g) q, |g| s), b')
+conv(x, dequantize(q, s), b), b beyond int32    ->  conv(x, dequantize(q', s'), b), s' as wide as b needs
 
-All but one keep the values exactly: a weight of -128, which the integer contract does not have, moves by a part
-of a step. Of two ways, -127 in its place or a scale that is 128/127 as wide, each channel gets the one with the
-smaller error.
+All but two keep the values exactly. A weight of -128, which the integer contract does not have, moves by a part
+of a step: of two ways, -127 in its place or a scale that is 128/127 as wide, each channel gets the one with the
+smaller error. A channel whose weights are next to nothing beside its bias gets fewer levels.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from qcompile.arith import QMAX, QMIN, WEIGHT_MAX
 from qcompile.ir import Program, add_constant, constant, is_constant, shape_of
 from qcompile.ops.conv import argument
 from qcompile.passes.fold_batchnorm import FOLD, affine, norm_of, objection_to_norm
-from qcompile.qdq import DEQUANTIZE, QUANTIZE, QUANTIZE_CHANNELS, WEIGHT, qd
+from qcompile.qdq import DEQUANTIZE, QUANTIZE, QUANTIZE_CHANNELS, WEIGHT, is_dequantize, params, qd
 from qcompile.rewrite import Rule, call
 from qcompile.sites import STAYS_FLOAT
-from qcompile.weights import nearest
+from qcompile.weights import nearest, smallest_scale
 
 aten = torch.ops.aten
 OVERLOADS = {
@@ -103,7 +104,7 @@ def _objection(program: Program, node: fx.Node, out_axis: int) -> str | None:
     return None if axis in (None, out_axis) else f"its weight has a scale per index of dimension {axis}"
 
 
-def _is_canonical(node: fx.Node) -> bool:
+def _is_canonical(node: Any) -> bool:
     return node.target is WEIGHT and node.args[3:] == (0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8)
 
 
@@ -137,7 +138,7 @@ def without_lowest(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     wide = (before * (-QMIN / WEIGHT_MAX)).to(torch.float32)
     tried = []
     for candidate in (scale, wide):
-        rounded = nearest(rows * before[:, None], candidate.to(torch.float64))
+        rounded = nearest(rows * before[:, None], candidate.to(torch.float64), WEIGHT_MAX)
         error = (rounded * candidate.to(torch.float64)[:, None] / before[:, None]) - rows
         tried.append((error.sum(1).square() + error.square().sum(1), rounded))
     better = (rows == QMIN).any(1) & (tried[1][0] < tried[0][0])
@@ -213,6 +214,36 @@ def _fold_norm(program: Program, node: fx.Node) -> fx.Node:
     return call(program, conv, conv.target, conv.args[0], weight, held, *conv.args[3:])
 
 
+# --- biases ---------------------------------------------------------------------------------------
+
+
+def _least_scale(program: Program, node: fx.Node) -> Tensor | None:
+    """The smallest scales of the weights of `node` with which its bias fits int32, where it is quantized."""
+    row = ops.find(node)
+    bias = argument(node, row.bias_arg, None) if row is not None and row.bias_arg is not None else None
+    x, weight = node.args[:2]
+    if not isinstance(bias, fx.Node) or not is_constant(bias) or not is_dequantize(x) or not _is_canonical(weight):
+        return None
+    return smallest_scale(constant(program.graph_module, bias), params(x).scale)  # type: ignore[arg-type]
+
+
+def _check_bias(program: Program, node: fx.Node) -> str | None:
+    least = _least_scale(program, node)
+    return "" if least is None or bool((_integers(program, node.args[1])[1] >= least).all()) else None  # type: ignore[arg-type]
+
+
+def _widen(program: Program, node: fx.Node) -> fx.Node:
+    weight: Any = node.args[1]
+    least = _least_scale(program, node)
+    assert least is not None
+    q, scale, _ = _integers(program, weight)
+    wide = torch.maximum(scale, least)
+    rows = q.flatten(1).to(torch.float64) * (scale.to(torch.float64) / wide.to(torch.float64))[:, None]
+    new = _dequantized(program, weight, rows.round().to(torch.int64).reshape(q.shape), wide)
+    return call(program, node, node.target, node.args[0], new, *node.args[2:])
+
+
+WEIGHTED = tuple(target for row in ops.ROWS if row.weight_arg is not None for target in row.aten)
 RULES = (
     Rule("numbers", tuple(OVERLOADS), _always, _numbers),
     Rule("int8", (QUANTIZE, DEQUANTIZE), _check_unsigned, _signed),
@@ -221,4 +252,5 @@ RULES = (
     Rule("dequantized_constant", (DEQUANTIZE, WEIGHT), _check_dequantized, _fold),
     Rule("matmul_to_linear", _MATMULS, _check_matmul, _linear),
     Rule("fold_batchnorm", FOLD.pattern, _check_norm, _fold_norm),
+    Rule("wide_bias", WEIGHTED, _check_bias, _widen),
 )

@@ -159,6 +159,12 @@ def _check_node(node: fx.Node) -> None:
     if node.op != "call_function":
         return
     here = {"where": where(node) or "the model's own forward", "source": source(node)}
+    if node.target is torch.ops.higher_order.out_dtype or getattr(node.target, "namespace", "") == "torchao":
+        raise CaptureError(
+            f"the model is quantized in another form than quantize and dequantize nodes: {node.target}",
+            remedy="convert it with torchao's convert_pt2e(model), without use_reference_representation",
+            **here,
+        )
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         raise CaptureError(
             f"control flow on data: torch.ops.higher_order.{node.target.name()}",

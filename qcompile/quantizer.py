@@ -134,7 +134,7 @@ def _check_given(config: QuantConfig, batches: Batches | None) -> None:
         )
     if replace(config, exclude=()) != QuantConfig():
         raise ConfigError(
-            "the model is already quantized: preset, observer and overrides have nothing to act on",
+            "the model is already quantized: preset, observer, overrides and weight_bits have no effect",
             where="config",
             remedy="leave them out (exclude still keeps layers float), or pass the float model",
         )

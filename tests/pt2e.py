@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver, move_exported_model_to_eval
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
     QuantizationAnnotation,
@@ -113,20 +113,28 @@ def convert(
     quantizer: Quantizer,
     batches: Sequence[Tensor],
     *,
-    fold: bool = True,
     dynamic_shapes: Any = None,
-    change: Callable[[fx.GraphModule], None] | None = None,
+    **options: Any,
 ) -> fx.GraphModule:
-    """`model` through export, prepare, calibration on `batches` and convert; `change` edits the converted graph."""
+    """`model` through export, prepare, calibration on `batches` and convert (with `options`)."""
     exported = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic_shapes).module()
     prepared = prepare_pt2e(exported, quantizer)
     with torch.no_grad():
         for batch in batches:
             prepared(batch)
-    converted = convert_pt2e(prepared, fold_quantize=fold)
+    converted = convert_pt2e(prepared, **options)
     assert isinstance(converted, fx.GraphModule)
-    if change is not None:
-        change(converted)
-        converted.graph.lint()
-        converted.recompile()
+    return converted
+
+
+def train(model: nn.Module, quantizer: Quantizer, batches: Sequence[Tensor]) -> fx.GraphModule:
+    """`model` through quantization-aware training (without a step of it), where batch norm stays until convert."""
+    exported = torch.export.export(model.train(), (batches[0],)).module()
+    prepared = prepare_qat_pt2e(exported, quantizer)
+    with torch.no_grad():
+        for batch in batches:
+            prepared(batch)
+    move_exported_model_to_eval(prepared)
+    converted = convert_pt2e(prepared)
+    assert isinstance(converted, fx.GraphModule)
     return converted

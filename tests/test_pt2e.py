@@ -67,7 +67,7 @@ def test_a_resnet_with_int32_biases_is_nearer_to_the_given_graph_than_that_is_to
 def test_x86_inductors_quantizer(make: object, fold: bool) -> None:
     """uint8 activations; no scale between a layer and its activation, nor behind the last layer."""
     model, batches = make(), passing.images(16)  # type: ignore[operator]
-    given = pt2e.convert(model, pt2e.x86(), batches, fold=fold)
+    given = pt2e.convert(model, pt2e.x86(), batches, fold_quantize=fold)
     quantized = qcompile.quantize(given, example_inputs=batches[0])
     assert left_float(quantized) == {"linear": "it is not quantized in the given graph"}
     expected = outputs(given, batches)
@@ -97,6 +97,21 @@ def test_arm_inductors_quantizer() -> None:
     assert set(reasons) == {"conv2d", "hardswish", "adaptive_avg_pool2d", "linear"}
     assert set(reasons.values()) == {"it is not quantized in the given graph"}
     assert sqnr(outputs(given, batches), outputs(quantized, batches)) > 45
+
+
+def test_quantization_aware_training() -> None:
+    batches = passing.images(2, batch=4)
+    given = pt2e.train(network(), pt2e.x86(is_qat=True), batches)
+    quantized = qcompile.quantize(given, example_inputs=batches[0])
+    assert left_float(quantized) == {"linear": "it is not quantized in the given graph"}
+    assert sqnr(outputs(given, batches), outputs(quantized, batches)) > 30
+
+
+def test_integer_arithmetic_spelled_out_is_refused() -> None:
+    given = pt2e.convert(network(), pt2e.Everything(), passing.images(2), use_reference_representation=True)
+    error = passing.refusal(given, calibration=None, example_inputs=passing.images(1)[0])
+    assert "another form" in error.what
+    assert "use_reference_representation" in str(error.remedy)
 
 
 def test_an_exported_program_and_a_dynamic_batch() -> None:

@@ -213,6 +213,18 @@ def test_a_weight_of_minus_128_moves_by_less_than_half_a_step_of_the_weight() ->
     assert error.square().sum() <= plain.square().sum()
 
 
+def test_a_bias_that_dwarfs_its_weights_still_fits_int32() -> None:
+    """Quantizers give a channel of zeros the smallest scale that they know."""
+    model = Given(lambda m, x: q(m.conv(q(x)), 1.0), KERNEL.clone()).eval()
+    model.weight[3] = 0
+    model.scale[3:5] = 2.0**-30
+    model.bias[3:5] = torch.tensor([100.0, -90.0])
+    quantized = qcompile.quantize(model, example_inputs=(IMAGE,))
+    assert all(row.kind == "integer" for row in quantized.coverage)
+    assert (quantized(IMAGE) - model(IMAGE)).abs().max() <= 1.01
+    assert (quantized(IMAGE)[:, 3] == 100).all()
+
+
 REASONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "scale per input channel": (
         lambda m, x: q(
