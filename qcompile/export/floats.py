@@ -13,7 +13,7 @@ import numpy as np
 from onnx import helper
 from torch import fx
 
-from qcompile.export.pooling import adaptive_average, average, maximum
+from qcompile.export.pooling import adaptive_average, average, maximum, pair
 from qcompile.export.writer import Name, Writer, arguments
 from qcompile.ir import is_constant, shape_of
 from qcompile.ops.unary import clamp_bounds
@@ -124,6 +124,15 @@ def _conv(w: Writer, node: fx.Node) -> Name:
     stride, padding, dilation = (list(a[key]) * (rank // len(a[key])) for key in ("stride", "padding", "dilation"))
     geometry = {"strides": stride, "pads": padding * 2, "dilations": dilation, "group": a["groups"]}
     return w.op("Conv", *inputs, at=node, kernel_shape=list(shape_of(a["weight"])[2:]), **geometry)
+
+
+def _conv_transpose(w: Writer, node: fx.Node) -> Name:
+    a = arguments(node)
+    inputs = [w.stored(a[key]) for key in ("input", "weight", "bias") if a[key] is not None]
+    stride, padding, dilation, extra = (pair(a[key]) for key in ("stride", "padding", "dilation", "output_padding"))
+    geometry: dict[str, Any] = {"strides": stride, "pads": padding * 2, "dilations": dilation, "output_padding": extra}
+    kernel = list(shape_of(a["weight"])[2:])
+    return w.op("ConvTranspose", *inputs, at=node, kernel_shape=kernel, group=a["groups"], **geometry)
 
 
 def _linear(w: Writer, node: fx.Node) -> Name:
@@ -245,6 +254,7 @@ FLOATS: dict[str, Write] = {
     "log_softmax.int": _softmax("LogSoftmax"),
     "conv2d": _conv,
     "conv1d": _conv,
+    "conv_transpose2d.input": _conv_transpose,
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
     "addmm": _addmm,

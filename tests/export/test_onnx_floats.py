@@ -66,6 +66,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "_softmax": (lambda x: aten._softmax.default(x, 1, False), (ROWS,)),
     "log_softmax.int": (lambda x: x.log_softmax(1), (ROWS,)),
     "conv2d": (lambda x: F.conv2d(x, WEIGHT[:, :2], VECTOR[:6], (2, 1), (1, 2), 1, 2), (IMAGE,)),
+    "conv_transpose2d.input": (
+        lambda x: F.conv_transpose2d(x, WEIGHT[:4], None, (2, 3), (1, 0), (1, 2), 2),
+        (IMAGE,),
+    ),
     "conv1d": (lambda x: F.conv1d(x, KERNEL, None, 2, 1), (ROWS,)),
     "linear": (lambda x: F.linear(x, MATRIX.t(), VECTOR[:5]), (ROWS,)),
     "matmul": (lambda x, y: x @ y, (ROWS, ROWS.mT)),
