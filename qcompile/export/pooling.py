@@ -45,8 +45,11 @@ def maximum(
 ) -> Name:
     kernel, stride, padding, dilation = (pair(v) for v in (kernel, stride or kernel, padding, dilation))
     ends = _ends(w, node, x, kernel, stride, padding, dilation) if ceil_mode else padding
-    geometry = {"kernel_shape": kernel, "strides": stride, "dilations": dilation, "pads": [*padding, *ends]}
-    return w.op("MaxPool", real, at=node, **geometry)
+    pads = [*padding, *ends]
+    if any(pad >= size for pad, size in zip(pads, kernel * 2, strict=True)):
+        # ONNX Runtime does not take them, where a dilation makes room for more padding than the kernel is long.
+        real, pads = _padded(w, node, real, padding, ends, float(np.finfo(np.float32).min)), [0, 0, 0, 0]
+    return w.op("MaxPool", real, at=node, kernel_shape=kernel, strides=stride, dilations=dilation, pads=pads)
 
 
 def average(
@@ -73,11 +76,11 @@ def average(
     return y if divisor is None else w.scaled(y, kernel[0] * kernel[1] / divisor, node)
 
 
-def _padded(w: Writer, node: fx.Node, real: Name, begins: list[int], ends: list[int]) -> Name:
+def _padded(w: Writer, node: fx.Node, real: Name, begins: list[int], ends: list[int], value: float = 0.0) -> Name:
     if not any((*begins, *ends)):
         return real
     amounts = w.constant([0, 0, *begins, 0, 0, *ends], f"{node.name}_pads", np.int64)
-    return w.op("Pad", real, amounts, at=node)
+    return w.op("Pad", real, amounts, w.constant(value, f"{node.name}_pad", np.float32), at=node)
 
 
 def adaptive_average(w: Writer, node: fx.Node, real: Name, x: fx.Node, output_size: Pair) -> Name:

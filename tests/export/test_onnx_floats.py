@@ -84,6 +84,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "amax": (lambda x: x.amax(1), (IMAGE,)),
     "cat": (lambda x, y: torch.cat([x, y, x], -1), (IMAGE, IMAGE.flip(0))),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True), (IMAGE,)),
+    "max_pool2d, more padding than kernel": (lambda x: F.max_pool2d(x, (2, 1), (3, 1), (1, 0), (2, 1), True), (IMAGE,)),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1, True, True), (IMAGE,)),
     "avg_pool2d inside": (lambda x: F.avg_pool2d(x, (3, 2), (2, 1), 1, True, False), (IMAGE,)),
     "avg_pool2d divisor": (lambda x: F.avg_pool2d(x, 3, 2, 1, True, True, 5), (IMAGE,)),
