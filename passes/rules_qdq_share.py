@@ -120,7 +120,9 @@ def rules(takes: Takes) -> tuple[Rule, ...]:
         row = row_of(takes, node)
         if row is None or _behind(node) is None or not (row is CAT or row.output is Output.SHARED):
             return ""
-        return "" if all(map(is_dequantize, row.operands(node))) else None
+        # The range of what a max pool or a slice keeps may be too small for the other readers of its operand.
+        others = row is not CAT and any(only_user(x) is not node for x in row.operands(node) if x.op != "placeholder")
+        return "" if others or all(map(is_dequantize, row.operands(node))) else None
 
     def inputs(program: Program, node: fx.Node) -> fx.Node:
         p = _behind(node)

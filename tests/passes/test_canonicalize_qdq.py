@@ -186,6 +186,18 @@ def test_each_form_becomes_integer_within_a_step(name: str) -> None:
     assert (expected - actual).abs().max() <= 1.6 * scale
 
 
+def test_the_range_of_a_max_pool_is_not_forced_upon_the_other_readers_of_its_operand() -> None:
+    def pooled(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(q(x))
+        largest = q(torch.max_pool2d(y, 2), 0.05, -128)  # from 0 on
+        return torch.cat([largest.flatten(1), y.flatten(1)], 1)
+
+    model = Given(pooled, KERNEL).eval()
+    quantized = qcompile.quantize(model, example_inputs=(IMAGE,))
+    assert float(model(IMAGE).min()) < -1
+    torch.testing.assert_close(quantized(IMAGE), model(IMAGE), rtol=1e-4, atol=0.051)
+
+
 def test_a_second_run_changes_nothing() -> None:
     for name in ("pool, relu", "narrow", "gelu", "two readers"):
         function, weight, x, *_ = CASES[name]
