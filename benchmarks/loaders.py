@@ -76,3 +76,16 @@ def inductor(path: str, threads: int) -> Callable[[Array], Array]:
         return compiled(torch.from_numpy(x)).numpy()
 
     return run
+
+
+def eager(path: str, threads: int) -> Callable[[Array], Array]:
+    import torch
+
+    torch.set_num_threads(threads)
+    model = torch.export.load(path).module()
+
+    def run(x: Array) -> Array:
+        with torch.no_grad():
+            return model(torch.from_numpy(x)).numpy()
+
+    return run

@@ -30,7 +30,7 @@ _REMEDY_DATA = "each batch must look like the example inputs: the same inputs, s
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Feeds every batch of the context's calibration data.
+    """Feeds every batch of the context's calibration data; none is needed where nothing is observed.
 
     A batch whose first dimension is a multiple of a static batch size is fed in pieces.
 
@@ -47,6 +47,8 @@ class Calibrate(Pass):
     establishes: ClassVar[frozenset[Property]] = frozenset({Property.CALIBRATED})
 
     def run(self, program: Program, context: Context) -> bool:
+        if not any(isinstance(module, Observer) for module in program.graph_module.modules()):
+            return False  # nothing is measured: no layer has static activations
         if context.calibration is None:
             raise CalibrationError("no calibration data", remedy="pass calibration=an iterable of inputs")
         length = length_hint(context.calibration, -1)

@@ -19,7 +19,7 @@ from qcompile import rewrite
 from qcompile.ir import QPARAMS, Program, Property, shape_of
 from qcompile.passes.base import Context, Pass
 from qcompile.rewrite import Rule, call
-from qcompile.sites import COVERS, only_user
+from qcompile.sites import COVERS, HOLDS, only_user
 
 _CONV2D, _CONV1D = torch.ops.qcompile.conv2d.default, torch.ops.qcompile.conv1d.default
 _PAD = torch.ops.aten.constant_pad_nd.default
@@ -60,6 +60,8 @@ def _replace(program: Program, node: fx.Node) -> fx.Node:
     covers = node.meta.get(COVERS, ())
     new.meta[QPARAMS] = node.meta.get(QPARAMS)
     new.meta[COVERS] = (*pad.meta.get(COVERS, ()), *covers) if only_user(pad) is node else covers
+    if HOLDS in node.meta:
+        new.meta[HOLDS] = node.meta[HOLDS]
     return new
 
 

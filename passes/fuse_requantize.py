@@ -20,7 +20,7 @@ from qcompile.ops.row import Output, QValue, Site, Weight
 from qcompile.ops.unary import LOOKUP, clamp_bounds, requantize_table
 from qcompile.passes.base import Context, Pass
 from qcompile.qdq import MARKS, is_dequantize, is_quantize, lift_weights, params
-from qcompile.sites import COVERS, STAYS_FLOAT, Group, computes_no_reals, is_computed, is_shape, read
+from qcompile.sites import COVERS, HOLDS, STAYS_FLOAT, Group, Held, computes_no_reals, is_computed, is_shape, read
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,15 @@ class _Builder:
         tensor: Any = node.args[0]
         output = params(node)
         if tensor in self.groups:
-            return QValue(self.fuse(self.groups[tensor], output), output)
-        if is_dequantize(tensor):
+            new = self.fuse(self.groups[tensor], output)
+        elif is_dequantize(tensor):
             return self.rescaled(self.int8[tensor.args[0]], output, tensor)
-        args = (self.value(tensor), inverse_scale(output.scale), output.zero_point)
-        new = self.new.graph.call_function(torch.ops.qcompile.quantize.default, args)
-        new.meta[QPARAMS] = output
-        return QValue(copy_meta(new, tensor), output)
+        else:
+            args = (self.value(tensor), inverse_scale(output.scale), output.zero_point)
+            new = copy_meta(self.new.graph.call_function(torch.ops.qcompile.quantize.default, args), tensor)
+            new.meta[QPARAMS] = output
+        new.meta[HOLDS] = Held(tensor.name, output)
+        return QValue(new, output)
 
     def rescaled(self, value: QValue, output: QParams, like: fx.Node) -> QValue:
         """An int8 value that is quantized again."""

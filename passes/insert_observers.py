@@ -37,6 +37,9 @@ class InsertObservers(Pass):
             selector = context.config.excludes(node)
             if selector is not None:
                 return f"excluded by the configuration ({selector!r})"
+            activations = context.config.of([node]).activations
+            if activations != "static":
+                return f"activations={activations!r}, which only linear layers can have"
             return context.objection(row, node) if context.objection is not None else None
 
         groups = plan(program.graph, refusal)

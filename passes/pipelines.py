@@ -19,6 +19,7 @@ from qcompile.passes.fold_padding import FoldPadding
 from qcompile.passes.fuse_requantize import FuseRequantize
 from qcompile.passes.insert_observers import InsertObservers
 from qcompile.passes.quantize import Quantize
+from qcompile.passes.quantize_linear_weights import QuantizeLinearWeights
 from qcompile.passes.round_weights import RoundWeights
 
 ENTRY_POINTS = "qcompile.passes"
@@ -109,6 +110,7 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             *((RoundWeights(),) if config is not None and config.preset and config.kept_samples else ()),
             FuseRequantize(),
             FoldPadding(),
+            QuantizeLinearWeights(),
         )
     )
     return _with_entry_points(pipeline)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qcompile.compiler import compile as compile
     from qcompile.config import QuantConfig as QuantConfig
     from qcompile.errors import QcompileError as QcompileError
+    from qcompile.evaluation import diagnose as diagnose
     from qcompile.evaluation import evaluate as evaluate
     from qcompile.export.model import export_onnx as export_onnx
     from qcompile.quantizer import QuantizedModel as QuantizedModel
@@ -34,6 +35,7 @@ _HOME = {
     "QuantizedModel": "qcompile.quantizer",
     "Tuning": "qcompile.tuning",
     "compile": "qcompile.compiler",
+    "diagnose": "qcompile.evaluation",
     "evaluate": "qcompile.evaluation",
     "export_onnx": "qcompile.export.model",
     "load": "qcompile.runtime",
@@ -48,6 +50,7 @@ __all__ = [
     "QuantizedModel",
     "Tuning",
     "compile",
+    "diagnose",
     "evaluate",
     "export_onnx",
     "load",

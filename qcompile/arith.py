@@ -8,6 +8,7 @@ one explicit fused multiply-add (`fma`). Kernels of every target are held to the
     quantize    q = rne(clamp(x * inv_scale, lo - zp, hi - zp)) + zp         inv_scale = f32(1 / f64(scale))
     requantize  q = rne(clamp(f32(acc) * m, lo - zp, hi - zp)) + zp          m = f32(f64(s_x) * s_w / s_y)
     residual    r = fma(f32(b - zp_b), m_b, f32(acc) * m), then clamp, rne and zp as above
+    by rows     a = max |x|; s = a / 127; q = rne(x * (127 / a))             at run time, see `quantize_rows`
 
 Clamping before the conversion keeps every machine inside int32; the zero point is added as an
 integer, after rounding. The scheme follows Jacob et al., "Quantization and Training of Neural
@@ -23,6 +24,7 @@ from torch import Tensor
 QMIN, QMAX = -128, 127
 WEIGHT_MAX = 127  # weights are symmetric: -128 is never used
 INT32_MAX = 2**31 - 1
+SMALLEST_ROW = 2.0**-100  # rows with no larger value count as zero: 127 / a cannot overflow
 
 
 def float32(value: float) -> float:
@@ -52,6 +54,22 @@ def quantize(x: Tensor, inv_scale: float, zero_point: int, lo: int = QMIN, hi: i
     real = x.to(torch.float32) * torch.tensor(inv_scale, dtype=torch.float32)
     real = torch.where(torch.isnan(real), torch.zeros_like(real), real)
     return _to_int8(real, zero_point, lo, hi)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 (..., K) -> int8 (..., K) in [-127, 127], and the float32 scale (..., 1) of each row.
+
+    a = max |x|; scale = a / 127; q = rne(x * (127 / a)). One division for a row: one for each value would
+    cost more than the products that they go into. No clamp is needed: |x| <= a, so that the product is at most
+    127 and a few units in its last place. A row with no value beyond 2^-100 is zero, of scale 0; one that
+    holds NaN or infinity is zero, of scale NaN.
+    """
+    a = x.to(torch.float32).abs().amax(-1, keepdim=True)  # NaN where there is one
+    good = (a > SMALLEST_ROW) & (a < torch.inf)
+    most = torch.tensor(float(WEIGHT_MAX), dtype=torch.float32)
+    q = torch.where(good, torch.round(x.to(torch.float32) * (most / a)), 0.0)
+    scale = torch.where(good, a / most, torch.where(a <= SMALLEST_ROW, 0.0, torch.nan))
+    return q.to(torch.int8), scale
 
 
 def dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -95,7 +113,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     PyTorch has no fma on CPU. The product of two float32 is exact in float64; the sum is made
     round-to-odd from its TwoSum error (Boldo and Melquiond, "Emulation of a FMA and correctly
     rounded sums: proved algorithms using rounding to odd", section 3), after which rounding to
-    float32 cannot round twice.
+    float32 cannot round twice. Infinities and NaN follow IEEE 754; which NaN is not defined.
     """
     product = a.to(torch.float64) * b.to(torch.float64)
     addend = c.to(torch.float64).expand_as(product) if c.dim() < product.dim() else c.to(torch.float64)
@@ -105,7 +123,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     bits = total.view(torch.int64)
     # Inexact and even: step one unit in the last place towards the error, which makes it odd.
     away = torch.where((error > 0) == (total > 0), 1, -1)
-    odd = torch.where((error != 0) & (bits % 2 == 0), bits + away, bits)
+    odd = torch.where((error.abs() > 0) & (bits & 1 == 0), bits + away, bits)  # an infinite total has error NaN
     return odd.view(torch.float64).to(torch.float32)
 
 

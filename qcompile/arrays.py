@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from qcompile.errors import CalibrationError, QcompileError
+from qcompile.errors import CalibrationError, InputError, QcompileError
 
 
 def read_model(model: Path, calibration: Path | None, batch: int | None) -> tuple[Any, list[tuple[Any, ...]] | None]:
-    """The exported program, and its calibration batches where it needs some."""
+    """The exported program, and its calibration batches if there are any."""
     from qcompile.exported import example_batch, load_exported
 
     program = load_exported(model)
@@ -21,6 +21,33 @@ def read_model(model: Path, calibration: Path | None, batch: int | None) -> tupl
     samples = read_arrays(calibration, CalibrationError)
     names = list(program.graph_signature.user_inputs)
     return program, _batches(samples, batch or example_batch(program), names, calibration)
+
+
+def read_data(program: Any, path: Path, batch: int | None, labels: str | None) -> list[Any]:
+    """The batches of an .npz file to evaluate an exported program on; pairs with the array `labels`, where given."""
+    import torch
+
+    from qcompile.exported import example_batch
+
+    samples = read_arrays(path, InputError)
+    if labels is not None and labels not in samples:
+        raise InputError(
+            f"there is no array {labels!r}", where=str(path), remedy=f"it holds {', '.join(samples) or 'nothing'}"
+        )
+    wanted = None if labels is None else samples.pop(labels)
+    size, names = batch or example_batch(program), list(program.graph_signature.user_inputs)
+    batches = _batches(samples, size, names, path)
+    if wanted is None:
+        return batches
+    total = sum(len(inputs[0]) for inputs in batches)
+    if wanted.ndim == 0 or len(wanted) != total:
+        raise InputError(
+            f"the labels have shape {wanted.shape}, for {total} samples",
+            where=str(path),
+            remedy="give one label per sample, along the first axis",
+        )
+    parts = [torch.from_numpy(wanted[start : start + size]) for start in range(0, total, size)]
+    return list(zip(batches, parts, strict=True))
 
 
 def read_arrays(path: Path, kind: type[QcompileError]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Calibration data as the user gives it: an iterable of batches, read once, one batch at a time."""
+"""Data as the user gives it: an iterable of batches, read once, one batch at a time."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, QcompileError
 
 
 class Batches:
     """Iterates over the user's data once; `first` looks at the first batch without taking it away.
 
+    Args:
+        what: what errors call the data, and `kind` their class.
+
     Raises:
         CalibrationError: the data is one batch and no iterable of them, or raises while it is read.
     """
 
-    def __init__(self, data: Iterable[Any]) -> None:
+    def __init__(
+        self, data: Iterable[Any], what: str = "calibration", kind: type[QcompileError] = CalibrationError
+    ) -> None:
+        self._what, self._kind = what, kind
         remedy = "pass an iterable of batches: a list of inputs, a generator or a DataLoader"
         if isinstance(data, (Tensor, np.ndarray, Mapping, str)):
-            raise CalibrationError(f"the calibration data is one {type(data).__name__}", remedy=f"{remedy}, as [batch]")
+            raise kind(f"the {what} data is one {type(data).__name__}", remedy=f"{remedy}, as [batch]")
         try:
             self._rest = iter(data)
         except TypeError as error:
-            raise CalibrationError(
-                f"the calibration data is a {type(data).__name__}, which is not iterable", remedy=remedy
-            ) from error
+            raise kind(f"the {what} data is a {type(data).__name__}, which is not iterable", remedy=remedy) from error
         self._length = length_hint(data, -1)
         self._waiting: list[Any] = []
         self._taken = 0
@@ -47,9 +51,9 @@ class Batches:
         except StopIteration:
             raise
         except Exception as error:
-            raise CalibrationError(
-                f"the calibration data raised {type(error).__name__}: {error}",
-                where=f"calibration batch {self._taken}",
+            raise self._kind(
+                f"the {self._what} data raised {type(error).__name__}: {error}",
+                where=f"{self._what} batch {self._taken}",
                 remedy="check that a plain loop over the data works",
             ) from error
         self._taken += 1

@@ -75,7 +75,7 @@ def capture(
             raise CalibrationError(
                 "no example inputs", remedy="pass example_inputs=(tensor, ...), or calibration data to take them from"
             )
-        _check_eval(model)
+        check_eval(model)
         args, kwargs = example_call(model, example_inputs, dynamic_shapes)
         with _exporting():
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -116,7 +116,7 @@ def _program(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
     return program
 
 
-def _check_eval(model: nn.Module) -> None:
+def check_eval(model: nn.Module) -> None:
     """Refuse weights without values, and batch norm and dropout in training mode."""
     for path, parameter in model.named_parameters():
         if parameter.is_meta:

@@ -1,7 +1,7 @@
-"""The command line: compile, export, tune, merge, run, inspect, selftest, targets.
+"""The command line: compile, evaluate, export, tune, merge, run, inspect, selftest, targets.
 
-Only `compile`, `export` and `tune` need PyTorch, and these, `merge` and `targets` the compiler: the other commands
-work on a device. A mistake prints what was wrong, where and what to do, and ends with 1.
+Only `compile`, `evaluate`, `export` and `tune` need PyTorch, and these, `merge` and `targets` the compiler: the
+other commands work on a device. A mistake prints what was wrong, where and what to do, and ends with 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typer.core import TyperGroup
 from qcompile.arrays import in_order, read_arrays, read_model
 from qcompile.artifact import Artifact, TensorSpec
 from qcompile.device import lacks, machine
-from qcompile.errors import InputError, QcompileError
+from qcompile.errors import ConfigError, InputError, QcompileError
 from qcompile.runtime import load, report
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def compile_command(
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
     weight_bits: Annotated[int, typer.Option(help="bits of a weight, 2 to 8")] = 8,
+    activations: Annotated[str, typer.Option(help="static; or, for linear layers, dynamic or float")] = "static",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
     tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
     threads: Threads = None,
@@ -85,7 +86,7 @@ def compile_command(
     from qcompile.config import QuantConfig
     from qcompile.tuning import Tuning
 
-    config = QuantConfig(preset=preset, weight_bits=weight_bits)
+    config = QuantConfig(preset=preset, weight_bits=weight_bits, activations=activations)
     program, batches = read_model(model, calibration, batch)
     known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:
@@ -125,6 +126,67 @@ def export_command(
     export_onnx(quantized, output, activations=activations)  # type: ignore[arg-type]
     counts = _counts(quantized.coverage)
     out.print(f"{output}: {output.stat().st_size:,} bytes; {counts}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    compiled: ModelFile,
+    model: Annotated[Path, typer.Option(help="the float model that it was compiled from (.pt2)")],
+    data: Annotated[Path, typer.Option(help="inputs to compare on: .npz, one array per input, first axis = samples")],
+    labels: Annotated[str | None, typer.Option(help="the array of the data that holds class indices")] = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="also under noise, blur, brightness, contrast")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="what it was calibrated on: quantizes again, to compare every layer")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="with --calibration: the preset it was compiled with")] = None,
+    layers: Annotated[int, typer.Option(help="with --calibration: samples to compare layers on")] = 16,
+    batch: Annotated[int | None, typer.Option(help="samples per step [default: the model's own]")] = None,
+    html: Annotated[Path | None, typer.Option(help="write one HTML page here")] = None,
+    json: Annotated[Path | None, typer.Option(help="write every number here")] = None,
+    threads: Threads = None,
+) -> None:
+    """Compare a compiled model with its float model: quality, robustness, speed, storage, layers."""
+    from qcompile.arrays import read_data
+    from qcompile.config import QuantConfig
+    from qcompile.evaluation import evaluate
+    from qcompile.evaluation.again import with_layers
+    from qcompile.evaluation.files import write
+    from qcompile.exported import load_exported
+
+    if preset is not None and calibration is None:
+        raise ConfigError(
+            "a preset is of no use here without the calibration data",
+            where="--preset",
+            remedy="give --calibration as well, to quantize again and compare every layer",
+        )
+    loaded = load(compiled, threads=threads)
+    with _progress() as progress:
+        if calibration is None:
+            program, layers = load_exported(model), 0
+        else:
+            program, batches = read_model(model, calibration, batch)
+            assert batches is not None
+            config = QuantConfig(preset=preset)
+            loaded = with_layers(loaded, program, batches, config=config, threads=threads, progress=progress)
+        found = evaluate(
+            loaded,
+            program,
+            read_data(program, data, batch, labels),
+            labels=labels is not None,
+            robustness=robustness,
+            layers=layers,
+            progress=progress,
+        )
+    for table in found.tables():
+        out.print(table)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False, highlight=False)
+    if html is not None:
+        found.html(html)
+    if json is not None:
+        write(json, found.to_json())
 
 
 @app.command()
@@ -274,7 +336,8 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
 
 def _counts(coverage: Sequence[Any]) -> str:
     kinds = [row.kind for row in coverage]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("integer", "float", "shape"))
+    known = ("integer", *(("weight-only",) if "weight-only" in kinds else ()), "float", "shape")
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in known)
 
 
 def _interface(artifact: Artifact) -> list[tuple[str, ...]]:

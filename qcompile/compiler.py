@@ -28,7 +28,7 @@ from qcompile.manager import PassRecord
 from qcompile.passes import Pipeline
 from qcompile.passes.base import Progress
 from qcompile.profiling import Profile, profile
-from qcompile.quantizer import QuantizedModel, quantize
+from qcompile.quantizer import QuantizedModel, Recipe, quantize
 from qcompile.runtime import Model
 from qcompile.sites import COVERS
 from qcompile.targets import Target, get
@@ -51,6 +51,7 @@ class CompiledModel(Model):
 
     Attributes:
         program: the integer graph.
+        recipe: how the program was made of the float model, where that is known.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class CompiledModel(Model):
         *,
         threads: int | None = None,
         chosen: Chosen | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
-        self.program, self._built_for, self._chosen = program, target, chosen or {}
+        self.program, self._built_for, self._chosen, self.recipe = program, target, chosen or {}, recipe
         self._foreign = all(lacks(v.machine, v.features) for v in artifact.variants)
         if self._foreign:  # built for another machine: it can be saved and inspected, not run
             self.artifact, self._variant = artifact, artifact.variants[0]
@@ -136,7 +138,8 @@ def compile(
         model: an nn.Module in eval mode, an fx.GraphModule or an ExportedProgram; it is not modified.
         target: a name from `qcompile.targets.names()`, or a Target. "native": the machine this runs on.
         example_inputs: a tensor, a tuple or a dict (keyword inputs); default: the first calibration batch.
-        calibration: an iterable of such inputs (a DataLoader works), read once, batch by batch.
+        calibration: an iterable of such inputs (a DataLoader works), read once, batch by batch. Not needed, with
+            `example_inputs`, where the config gives no layer static activations.
         dynamic_shapes: as torch.export takes it, for example ``({0: torch.export.Dim("batch", max=64)},)``.
         config: how to quantize.
         pipeline: the passes, for example ``default_pipeline().after("canonicalize", MyPass())``.
@@ -195,7 +198,7 @@ def compile_program(
         tolerance=FLOAT_TOLERANCE if any(row.kind == "float" for row in coverage) else 0.0,
     )
     artifact = artifact._replace(golden=golden_cases(program))
-    return CompiledModel(artifact, program, target, threads=threads, chosen=chosen)
+    return CompiledModel(artifact, program, target, threads=threads, chosen=chosen, recipe=quantized.recipe)
 
 
 def coverage_rows(program: Program, kernels: Mapping[str, str]) -> tuple[CoverageRow, ...]:

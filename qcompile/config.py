@@ -15,6 +15,8 @@ from qcompile.selectors import Selector, selects
 
 PRESETS = {"fast": 0, "balanced": 32, "best": 128}  # name -> samples that are kept, to choose weights by
 _KEPT_SAMPLES = 64  # without a preset, for a pipeline that asks for them
+ACTIVATIONS = ("static", "dynamic", "float")
+_GROUP = 128  # weights that share a scale, for weights of few bits
 _OBSERVER_OF = {"percentile": "percentile", "averaging": "moving_average"}  # option -> the observer that it is for
 OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
 PERCENTILE, AVERAGING = 99.99, 0.1  # where none is given
@@ -36,7 +38,12 @@ class QuantConfig:
         percentile: for "percentile", in (50, 100]; default 99.99.
         averaging: for "moving_average", the weight of each new batch, in (0, 1]; default 0.1.
         weight_bits: how many bits a weight has, 2 to 8: integers from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1.
-            Fewer than 8 are computed with, and stored, as int8.
+            Fewer than 8 are computed with, and stored, as int8; with activations="float", up to 4 are stored as int4.
+        activations: what becomes of a layer's input. "static": int8, with a scale that calibration measures.
+            "dynamic": int8, with a scale for each row that is found when the row is there. "float": it stays float, and
+            the weights alone are integers. The last two are for linear layers; others then stay float.
+        group_size: for activations="float", how many weights along a row of the matrix share a scale, a multiple of
+            8; default: all of a row, and 128 where weights have up to 4 bits.
         exclude: layers that stay float (see `qcompile.selectors`): module paths with their submodules,
             as shell patterns ("layer1.*.conv2", "head"), classes of module, or predicates.
         overrides: selector -> other values of the fields above, for the weights of these layers and the activations
@@ -55,6 +62,8 @@ class QuantConfig:
     overrides: Mapping[Selector, Mapping[str, Any]] = field(default_factory=dict)
     preset: str | None = None
     weight_bits: int = 8
+    activations: str = "static"
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -66,6 +75,10 @@ class QuantConfig:
         _in_range("averaging", self.averaging, 0, 1, "in (0, 1], such as 0.1")
         if type(self.weight_bits) is not int or not 2 <= self.weight_bits <= 8:
             raise ConfigError(f"weight_bits is {self.weight_bits!r}", remedy="use a whole number from 2 to 8")
+        _one_of("activations", self.activations, ACTIVATIONS)
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 8 or size % 8):
+            raise ConfigError(f"group_size is {size!r}", remedy="use a multiple of 8, such as 32, 64 or 128")
         if isinstance(self.exclude, (str, type)) or not _all_selectors(self.exclude):
             raise ConfigError(
                 f"exclude is {self.exclude!r}", remedy="give a tuple of module path patterns, such as ('head',)"
@@ -85,6 +98,17 @@ class QuantConfig:
                     where=name,
                     remedy=f"add observer={observer!r}, or leave {name} out",
                 )
+        if self.group_size is not None and not any(config.activations == "float" for config in each):
+            raise ConfigError(
+                f"group_size is {self.group_size}, and no layer has activations='float'",
+                where="group_size",
+                remedy="add activations='float', or leave group_size out",
+            )
+
+    def group_of(self, features: int) -> int:
+        """How many of `features` weights of a row share a scale."""
+        few = _GROUP if self.weight_bits <= 4 else features
+        return min(features, self.group_size or few)
 
     @property
     def weight_max(self) -> int:
@@ -98,7 +122,10 @@ class QuantConfig:
 
     def _with(self, options: Mapping[str, Any], selector: Selector) -> QuantConfig:
         """This configuration with the options of an override."""
-        place, known = f"overrides[{selector!r}]", ("observer", *_OBSERVER_OF, "weight_bits")
+        place, known = (
+            f"overrides[{selector!r}]",
+            ("observer", *_OBSERVER_OF, "weight_bits", "activations", "group_size"),
+        )
         unknown = [name for name in options if name not in known]
         if unknown or not options:
             raise ConfigError(
@@ -114,7 +141,15 @@ class QuantConfig:
                     where=place,
                     remedy=f"add 'observer': {wanted!r}, or leave {name} out",
                 )
-        own = {name: getattr(self, name) if observer == wanted else None for name, wanted in _OBSERVER_OF.items()}
+        activations = options.get("activations", self.activations)
+        if options.get("group_size") is not None and activations != "float":
+            raise ConfigError(
+                f"group_size is for activations='float', not for {activations!r}",
+                where=place,
+                remedy="add 'activations': 'float', or leave group_size out",
+            )
+        own: dict[str, Any] = {"group_size": self.group_size if activations == "float" else None}
+        own |= {name: getattr(self, name) if observer == wanted else None for name, wanted in _OBSERVER_OF.items()}
         return replace(self, **{"exclude": (), "overrides": {}, "observer": observer, **own, **options})
 
     def of(self, nodes: Iterable[fx.Node]) -> QuantConfig:

@@ -19,7 +19,21 @@ from qcompile.inputs import flatten, is_empty, unflatten
 from qcompile.ir import LedgerRow, Program, Property
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
 from qcompile.passes import Context, Pipeline, default_pipeline, qdq_pipeline
-from qcompile.passes.base import Objection, Progress
+from qcompile.passes.base import Objection, Pass, Progress
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a program was made of its model: enough to make the float graph once more, node for node.
+
+    Attributes as the arguments of `quantize`.
+    """
+
+    passes: tuple[Pass, ...]
+    config: QuantConfig
+    dynamic_shapes: Any = None
+    objection: Objection | None = None
+    rewrite_limit: int | None = None
 
 
 @dataclass
@@ -29,10 +43,12 @@ class QuantizedModel:
     Attributes:
         program: the integer graph, its inputs and its ledger.
         passes: what each pass did.
+        recipe: how the program was made; None where it came from elsewhere.
     """
 
     program: Program
     passes: list[PassRecord]
+    recipe: Recipe | None = None
 
     @property
     def coverage(self) -> list[LedgerRow]:
@@ -76,6 +92,7 @@ def quantize(
             of `calibration` is used.
         calibration: an iterable of inputs, each as `example_inputs`; read once, batch by batch. A
             batch may hold more than the model takes (labels), and may be a multiple of a static batch size.
+            Not needed, with `example_inputs`, where the config gives no layer static activations.
         dynamic_shapes: as torch.export takes it.
         config: how to quantize.
         pipeline: the passes; `qcompile.passes.default_pipeline()` to start from, or `qdq_pipeline()` for a
@@ -91,16 +108,17 @@ def quantize(
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
+    has_example = not is_empty(example_inputs) or isinstance(model, ExportedProgram)
+    if calibration is None and not has_example:
+        raise _no_calibration()
     batches = None if calibration is None else Batches(calibration)
-    if is_empty(example_inputs) and not isinstance(model, ExportedProgram):
-        if batches is None:
-            raise _no_calibration()
+    if batches is not None and not has_example:
         example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
     given = Property.GIVEN_QDQ in program.properties
     if given:
         _check_given(config, batches)
-    elif batches is None:
+    elif batches is None and config.activations == "static":
         raise _no_calibration()
     if pipeline is None:
         pipeline = qdq_pipeline() if given else default_pipeline(config)
@@ -114,7 +132,7 @@ def quantize(
         )
     with torch.no_grad():
         records = manager.run(program, context)
-    return QuantizedModel(program, records)
+    return QuantizedModel(program, records, Recipe(manager.passes, config, dynamic_shapes, objection, rewrite_limit))
 
 
 def _no_calibration() -> CalibrationError:

@@ -142,7 +142,7 @@ class Model:
         for case in self.artifact.golden:
             for got, want in zip(self.flat(*case.inputs), case.outputs, strict=True):
                 elements += want.size
-                wrong += _differences(got, want, self.artifact.tolerance)
+                wrong += differences(got, want, self.artifact.tolerance)
         return Selftest(len(self.artifact.golden), elements, wrong)
 
     def benchmark(self, *inputs: Any, seconds: float = 1.0) -> Timing:
@@ -232,7 +232,7 @@ def _nest(structure: Any, flat: Sequence[Any]) -> Any:
     return nested if kind == "list" else tuple(nested)
 
 
-def _differences(got: np.ndarray, want: np.ndarray, tolerance: float) -> int:
+def differences(got: np.ndarray, want: np.ndarray, tolerance: float) -> int:
     """How many elements differ: in any bit when `tolerance` is 0."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return int(want.size) or 1

@@ -16,13 +16,27 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import ops
-from qcompile.ir import is_constant, is_tensor, shape_of, where
+from qcompile.ir import QParams, is_constant, is_tensor, shape_of, where
 from qcompile.ops.row import Row
 from qcompile.ops.unary import clamp_bounds
 
 aten = torch.ops.aten
 COVERS = "covers"  # node.meta key of an integer operator: the names of the ATen nodes that it computes
 STAYS_FLOAT = "stays_float"  # node.meta key: why a node that a row could take is not quantized
+HOLDS = "holds"  # node.meta key of an int8 node of an integer graph: its `Held`
+
+
+@dataclass(frozen=True)
+class Held:
+    """The real value that an int8 node stands for.
+
+    Attributes:
+        node: the name of the node of the float graph that computes it.
+        qparams: how it is quantized.
+    """
+
+    node: str
+    qparams: QParams
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class InstructionSet:
         dots: ways to take dot products, best first; the first exact one for the weights is used.
         narrows: ways to store several vectors at once, largest first; what is left is stored one by one.
         tap_dots: exact dot products at each width, widest first; empty where it has none.
+        lookup: (table of 16 float32, 16 int32) -> the entries that the low four bits choose; None where it has none.
         l1_bytes, l2_bytes: caches of one core, for choosing tiles and the loop order.
     """
 
@@ -98,6 +99,7 @@ class InstructionSet:
     dots: tuple[DotProduct, ...]
     narrows: tuple[Narrow, ...] = ()
     tap_dots: tuple[TapDot, ...] = ()
+    lookup: Callable[[Any, Any], Any] | None = None
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
 

@@ -32,7 +32,8 @@ from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, innermos
 from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
 from qcompile.targets.workload import Chosen, Workload
 
-DEQUANTIZE = torch.ops.qcompile.dequantize.default
+q = torch.ops.qcompile
+GIVES_FLOATS = frozenset({q.dequantize.default, q.linear_dynamic.default, q.linear_weight_only.default})
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,12 @@ class Lowering:
         result = self.call(node, kernel, inputs, layout, self.target.isa.storage)
         self.values[node] = Value(result.expr, layout, result.dtype, self.fill(node))
 
+    def define_real(self, node: fx.Node, kernel: Kernel, inputs: list[Value]) -> None:
+        """`node` is a dense float tensor that `kernel` computes."""
+        self.kernels[node.name] = kernel.name
+        flat = self.call(node, kernel, inputs, None, "float32")
+        self.values[node] = Value(self.shaped(flat.expr, self.shape(node)), None, "float32")
+
     def define_tuned(
         self,
         node: fx.Node,
@@ -318,7 +325,7 @@ def lower(
             for node in nodes:
                 if node.op != "call_function":
                     continue
-                if node.target in emitters and (is_int8(node) or node.target is DEQUANTIZE):
+                if node.target in emitters and (is_int8(node) or node.target in GIVES_FLOATS):
                     emitters[node.target](low, node)
                 elif is_int8(node):
                     raise low.error(node, "no kernel for this operator")

@@ -131,6 +131,7 @@ AVX512_VNNI = InstructionSet(
     tap_dots=tuple(
         _tap_dot(lanes, _narrow(4, lanes, *by)) for lanes, by in ((16, _NARROW_512), (8, _NARROW_256), (4, _NARROW_128))
     ),
+    lookup=lambda table, index: _llvm("float32x16", "llvm.x86.avx512.permvar.sf.512", table, index),
 )
 AVX2 = InstructionSet(
     "uint8",

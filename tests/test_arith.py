@@ -45,6 +45,28 @@ def fma(a: float, b: float, c: float) -> float:
     return float(arith.fma(float32_tensor(a), float32_tensor(b), float32_tensor(c)))
 
 
+def test_fma_of_infinities_and_nan_is_the_ieee_one() -> None:
+    inf = math.inf
+    for a, b, c in ((inf, 2.0, 1.0), (-inf, 2.0, 1.0), (3.0, 4.0, inf), (3.0, 4.0, -inf), (3e38, 3e38, 1.0)):
+        assert fma(a, b, c) == _LIBM.fmaf(a, b, c)
+        assert math.isinf(fma(a, b, c))
+    for a, b, c in ((inf, 0.0, 1.0), (inf, 1.0, -inf), (math.nan, 1.0, 1.0), (1.0, 1.0, math.nan)):
+        assert math.isnan(fma(a, b, c))
+
+
+@given(st.lists(float32s, min_size=1, max_size=9))
+def test_a_row_is_quantized_by_its_largest_magnitude(row: list[float]) -> None:
+    q, scale = arith.quantize_rows(float32_tensor(*row))
+    largest = max(map(abs, row))
+    if largest <= 2.0**-100:
+        assert q.count_nonzero() == scale == 0
+        return
+    assert int(q.abs().max()) == 127
+    assert float(scale) == float(np.float32(largest) / np.float32(127))
+    for value, integer in zip(row, q.tolist(), strict=True):
+        assert abs(Fraction(value) / Fraction(largest) * 127 - integer) <= Fraction(1, 2) + Fraction(1, 2**15)
+
+
 DOUBLE_ROUNDING = [
     # The exact sum lies a hair beside the middle of two float32; rounded to float64 first, it would lie on it.
     (1 + 2.0**-12, 1 + 2.0**-12, 2.0**-80),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,20 @@ def test_compile_makes_a_model_that_runs(exported: Path, tmp_path: Path) -> None
     assert np.abs(model(images[:1]) - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
+def test_dynamic_activations_need_no_calibration(exported: Path, tmp_path: Path) -> None:
+    layer, x = nn.Linear(20, 9).eval(), torch.randn(3, 20)
+    torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+    result = qcompile("compile", tmp_path / "layer.pt2", "--activations", "dynamic", "-o", tmp_path / "layer.qcm")
+    assert result.exit_code == 0, result.output
+    assert "1 integer, 0 float, 0 shape" in result.output
+    assert load(tmp_path / "layer.qcm").selftest().passed
+    result = qcompile("compile", tmp_path / "layer.pt2", "--activations", "float", "-o", tmp_path / "layer.qcm")
+    assert "0 integer, 1 weight-only, 0 float, 0 shape" in result.output
+    result = qcompile("compile", exported, "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 1
+    assert "no calibration data" in result.output
+
+
 def test_calibration_arrays_must_have_equal_lengths(exported: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", a=np.ones((4, 3, 8, 8), np.float32), b=np.ones((5, 1), np.float32))
     result = qcompile("compile", exported, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "net.qcm")
@@ -203,3 +218,61 @@ def test_databases_merge(tmp_path: Path) -> None:
         result = qcompile("merge", tmp_path / "all.sqlite", shipped)
         assert result.exit_code == 0, result.output
         assert (" 0 entries taken" in result.output) is not taken
+
+
+@pytest.fixture
+def evaluated(exported: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A compiled model, and two files: what it was calibrated on, and what to evaluate it on."""
+    generator = np.random.default_rng(0)
+    images = [generator.standard_normal((16, 3, 8, 8)).astype(np.float32) for _ in range(2)]
+    np.savez(tmp_path / "calibration.npz", images=images[0])
+    np.savez(tmp_path / "data.npz", images=images[1], labels=generator.integers(0, 4, 16))
+    compiled = tmp_path / "net.qcm"
+    result = qcompile("compile", exported, "--calibration", tmp_path / "calibration.npz", "-o", compiled)
+    assert result.exit_code == 0, result.output
+    return compiled, tmp_path / "calibration.npz", tmp_path / "data.npz"
+
+
+def test_evaluate_compares_and_writes_reports(
+    exported: Path, evaluated: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    compiled, calibration, data = evaluated
+    reports = ("--html", tmp_path / "report.html", "--json", tmp_path / "report.json")
+    given = (compiled, "--model", exported, "--data", data, "--labels", "labels")
+    result = qcompile("evaluate", *given, "--robustness", "--calibration", calibration, *reports)
+    assert result.exit_code == 0, result.output
+    for text in ("SQNR", "x faster", "F1", "less contrast", "breaks nowhere"):
+        assert text in result.output
+    assert "SQNR along the network" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["diagnosis"]["samples"] == 16
+    result = qcompile("evaluate", *given)
+    assert result.exit_code == 0, result.output
+    assert "note: layers were not compared" in result.output
+
+
+def test_layers_of_another_network_are_not_shown(exported: Path, evaluated: tuple[Path, Path, Path]) -> None:
+    """The data to evaluate on is not what the file was calibrated on: the golden vectors say so."""
+    compiled, _, data = evaluated
+    with np.load(data) as arrays:
+        np.savez(data.with_name("other.npz"), images=3 * arrays["images"])
+    given = (compiled, "--model", exported, "--data", data, "--labels", "labels")
+    result = qcompile("evaluate", *given, "--calibration", data.with_name("other.npz"))
+    assert result.exit_code == 1
+    assert "do not give the network of the compiled file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--labels", "classes"), "there is no array 'classes'"),
+        (("--labels", "labels", "--preset", "best"), "without the calibration data"),
+        (("--labels", "labels", "--html", "nowhere/report.html"), "the report cannot be written"),
+    ],
+)
+def test_mistakes_of_evaluate(
+    exported: Path, evaluated: tuple[Path, Path, Path], options: tuple[str, ...], message: str
+) -> None:
+    compiled, _, data = evaluated
+    result = qcompile("evaluate", compiled, "--model", exported, "--data", data, *options)
+    assert result.exit_code == 1
+    assert message in result.output

@@ -149,7 +149,7 @@ def test_the_selftest_passes_and_notices_one_wrong_bit(artifact: Artifact, model
     ],
 )
 def test_differences_are_counted(got: list[float], want: list[float], tolerance: float, wrong: int) -> None:
-    assert runtime._differences(np.array(got, np.float32), np.array(want, np.float32), tolerance) == wrong
+    assert runtime.differences(np.array(got, np.float32), np.array(want, np.float32), tolerance) == wrong
 
 
 def test_a_model_without_golden_vectors_does_not_pass_its_selftest(artifact: Artifact) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.engines.avx2 import OnnxRuntimeAvx2, OnnxRuntimeInt8Avx2, QcompileAvx2
 from benchmarks.engines.base import Array, Engine, Source
+from benchmarks.engines.eager import Eager
 from benchmarks.engines.inductor import Inductor, InductorInt8
 from benchmarks.engines.litert import LiteRtInt8
 from benchmarks.engines.onnx_runtime import OnnxRuntime, OnnxRuntimeDynamic, OnnxRuntimeInt8
@@ -26,5 +27,5 @@ _UNRESTRICTED: tuple[Engine, ...] = (
     Inductor(),
 )
 _AVX2: tuple[Engine, ...] = (QcompileAvx2(), OnnxRuntimeInt8Avx2(), OnnxRuntimeAvx2())
-ENGINES = {engine.name: engine for engine in (*_UNRESTRICTED, *_AVX2)}
+ENGINES = {engine.name: engine for engine in (*_UNRESTRICTED, *_AVX2, Eager())}
 UNRESTRICTED, AVX2 = ([engine.name for engine in engines] for engines in (_UNRESTRICTED, _AVX2))

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.ops import cat, conv, convert, elementwise, linear, pool, shape, unary
+from qcompile.ops import cat, conv, convert, elementwise, linear, linear_float, pool, shape, unary
 from qcompile.ops.row import Row
 
 ROWS: tuple[Row, ...] = (
     *convert.ROWS,
     *conv.ROWS,
     *linear.ROWS,
+    *linear_float.ROWS,
     *elementwise.ROWS,
     *cat.ROWS,
     *pool.ROWS,

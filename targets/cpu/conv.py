@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx
-from tvm.sym import Analyzer
 from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
+from qcompile.targets.cpu.emit import Kernel, Registers, function, load, store
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.cpu.tasks import split, split_row
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
 from qcompile.targets.layout import Dim, align
 
@@ -68,11 +68,13 @@ class PackedWeights:
 
 
 def pack(
-    weight: np.ndarray, shape: ConvShape, config: ConvConfig, isa: InstructionSet, dot: DotProduct
+    weight: np.ndarray, shape: ConvShape, order: np.ndarray, isa: InstructionSet, dot: DotProduct
 ) -> PackedWeights:
-    """`weight` (out channels, in channels / groups, KH, KW) int8 -> the kernel's order."""
-    oc = len(weight)
-    block = config.vectors * isa.lanes
+    """`weight` (out channels, in channels / groups, KH, KW) int8 -> the kernel's order.
+
+    `order`: which channel of a block each lane of its vectors holds.
+    """
+    oc, block = len(weight), len(order)
     starts, fours = channel_ranges(shape, block)
     blocks = align(oc, block) // block
     per_out = oc // shape.groups
@@ -84,8 +86,8 @@ def pack(
         full[c, :, :, at : at + per_in] = taps[c]
     if shape.groups == 1:
         full[:oc] = taps
-    ordered = full.reshape(blocks, block, kh, kw, fours, 4)[:, channel_order(config, isa)]
-    grouped = ordered.reshape(blocks, config.vectors, isa.lanes, kh, kw, fours, 4).transpose(0, 3, 4, 5, 1, 2, 6)
+    ordered = full.reshape(blocks, block, kh, kw, fours, 4)[:, order]
+    grouped = ordered.reshape(blocks, block // isa.lanes, isa.lanes, kh, kw, fours, 4).transpose(0, 3, 4, 5, 1, 2, 6)
     return PackedWeights(dot.pack(grouped), starts, fours)
 
 
@@ -129,12 +131,12 @@ def conv(
     """The kernel of one convolution."""
     config = config or configs(shape, filters, isa)[0]
     shape, dot = shape.flat(), dot_of(shape, filters, isa)
-    packed = pack(filters.weight, shape, config, isa, dot)
+    order = channel_order(config, isa)
+    packed = pack(filters.weight, shape, order, isa, dot)
 
     def in_lanes(per_channel: np.ndarray) -> np.ndarray:
-        blocks, block = packed.data.shape[0], config.vectors * isa.lanes
-        padded = np.pad(per_channel, (0, blocks * block - len(per_channel)))
-        return padded.reshape(blocks, block)[:, channel_order(config, isa)].reshape(-1)
+        padded = np.pad(per_channel, (0, len(packed.data) * len(order) - len(per_channel)))
+        return padded.reshape(-1, len(order))[:, order].reshape(-1)
 
     constants = {
         "weights": packed.data.reshape(-1),
@@ -230,20 +232,7 @@ def _build(
                     store(y, shape.y.offset(n, h, w + i, channel), value, size)
 
         if one_line:
-            if rest:  # in the same loop: another would cost another launch
-
-                def part(t: Any, b: Any) -> None:
-                    with T.If(t < full):
-                        with T.Then():
-                            tile(0, 0, t * rows, b, rows)
-                        with T.Else():
-                            tile(0, 0, full * rows, b, rest)
-
-                _split(full + 1, blocks, config.channels_outer, part)
-            else:
-                _split(full, blocks, config.channels_outer, lambda t, b: tile(0, 0, t * rows, b, rows))
-            if rest is None:
-                _split(width - full * rows, blocks, True, lambda t, b: tile(0, 0, full * rows + t, b, 1))
+            split_row(width, rows, blocks, config.channels_outer, lambda w, b, count: tile(0, 0, w, b, count))
         else:
 
             def line(t: Any, b: Any) -> None:
@@ -256,20 +245,9 @@ def _build(
                     with T.serial(0, width - full * rows) as i:
                         tile(n, h, full * rows + i, b, 1)
 
-            _split(lines, blocks, config.channels_outer, line)
+            split(lines, blocks, config.channels_outer, line)
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
-
-
-def _split(lines: Dim, blocks: int, channels_outer: bool, body: Any) -> None:
-    """One parallel loop over lines x blocks, in the chosen order."""
-    if Analyzer().can_prove_equal(lines, 0):  # TVM refuses to divide by what it can prove to be zero
-        return
-    with parallel(lines * blocks) as task:
-        if channels_outer:
-            body(T.floormod(task, lines), T.floordiv(task, lines))
-        else:
-            body(T.floordiv(task, blocks), T.floormod(task, blocks))
 
 
 CONV = Generator("conv", configs, conv)

@@ -110,6 +110,24 @@ def store(buffer: Any, offset: Any, value: Any, lanes: int) -> None:
     T.buffer_store(buffer, value, [ramp(offset, lanes)])
 
 
+def store_first(buffer: Any, offset: Any, channel: Any, value: Any, lanes: int, channels: int) -> None:
+    """Store at `offset` + `channel` those of the `lanes` elements that are below `channels`, the end of a row."""
+    rest = channels % lanes
+    if not rest:
+        store(buffer, offset + channel, value, lanes)
+        return
+    with T.If(channel + lanes <= channels):
+        with T.Then():
+            store(buffer, offset + channel, value, lanes)
+        with T.Else():
+            first = 0
+            while first < rest:
+                size = 1 << ((rest - first).bit_length() - 1)
+                part = T.Shuffle([value], list(range(first, first + size)))
+                store(buffer, offset + channel + first, part, size)
+                first += size
+
+
 def splat(value: Any, lanes: int) -> Any:
     return T.broadcast(value, lanes) if lanes > 1 else value
 

@@ -18,6 +18,7 @@ from qcompile.targets.cpu.conv import CONV
 from qcompile.targets.cpu.copy import Take
 from qcompile.targets.cpu.depthwise import DEPTHWISE, is_depthwise
 from qcompile.targets.cpu.depthwise_dot import DEPTHWISE_DOT
+from qcompile.targets.cpu.emitters_linear import FLOAT_LINEAR
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout, align
@@ -258,9 +259,7 @@ def _dequantize(low: Lowering, node: fx.Node) -> None:
     value = low.values[x]  # type: ignore[index]
     (layout,) = _layouts([value])
     kernel = copy.dequantize(layout, float(scale), int(zero_point), low.target.isa, low.symbol_args)  # type: ignore[arg-type]
-    low.kernels[node.name] = kernel.name
-    flat = low.call(node, kernel, [value], None, "float32")
-    low.values[node] = Value(low.shaped(flat.expr, low.shape(node)), None, "float32")
+    low.define_real(node, kernel, [value])
 
 
 # --- operators that only move values ----------------------------------------------------------------
@@ -338,6 +337,7 @@ EMITTERS: dict[Any, Emitter] = {
     q.conv2d.default: _convolution,
     q.conv1d.default: _convolution,
     q.linear.default: _linear,
+    **FLOAT_LINEAR,
     q.add.default: _add,
     q.mul.default: _mul,
     q.lookup.default: _lookup,

@@ -18,12 +18,14 @@ from qcompile.ops.row import Example, Row
 CASES = [
     pytest.param(row, example, id=f"{row.name}-{i}")
     for row in ops.ROWS
+    if row.name in (*ROWS, *MOVES)
     for i, example in enumerate(row.examples(torch.Generator().manual_seed(5)))
 ]
 
 
 def test_every_row_is_written() -> None:
-    assert set(ROWS) == {row.name for row in ops.integer_rows()}
+    refused = {"linear_dynamic", "linear_weight_only"}  # their activations have no scale of their own in the file
+    assert set(ROWS) == {row.name for row in ops.integer_rows()} - refused
     assert set(MOVES) == {row.name for row in ops.shape_rows()}
 
 

@@ -212,6 +212,51 @@ def test_lookup_reads_the_table_of_its_channel() -> None:
             assert entries[x[index] + 128] == expected[index]
 
 
+def small(name: str) -> Iterator[tuple[tuple[Any, ...], Array]]:
+    """Arguments as arrays, and the reference's float answer, for the samples of few products."""
+    for sample in ops.row(name).samples(torch.Generator().manual_seed(11)):
+        args = [arg.tensor if isinstance(arg, Act) else arg for arg in sample.args]
+        result = ops.row(name).op(*args)
+        if result.numel() * args[1].shape[1] <= 20_000:
+            x = args[0].flatten(0, -2)
+            arrays = [arg.numpy() if isinstance(arg, Tensor) else arg for arg in (x, *args[1:])]
+            yield tuple(arrays), result.flatten(0, -2).numpy()
+
+
+def test_linear_dynamic_quantizes_each_row_by_its_largest_magnitude() -> None:
+    seen = 0
+    for (x, weight, scale, bias), expected in small("linear_dynamic"):
+        for row, answers in zip(x, expected, strict=True):
+            seen += 1
+            a = np.max(np.abs(row))
+            if not np.isfinite(a):
+                assert np.isnan(answers).all()
+                continue
+            zero = a <= np.float32(2.0**-100)
+            q = [0 if zero else int(np.rint(v * (np.float32(127) / a))) for v in row]
+            assert zero or max(map(abs, q)) == 127
+            s = np.float32(0) if zero else a / np.float32(127)
+            for n, answer in enumerate(answers):
+                acc = sum(int(w) * v for w, v in zip(weight[n], q, strict=True))
+                assert answer == np.float32(_LIBM.fmaf(float(acc), float(s * scale[n]), float(bias[n])))
+    assert seen > 20
+
+
+def test_linear_weight_only_is_a_chain_of_fused_multiply_adds_per_group() -> None:
+    seen = 0
+    for (x, weight, scale, bias, size), expected in small("linear_weight_only"):
+        for r, n in indices(expected):
+            seen += 1
+            total = float(bias[n])
+            for group, start in enumerate(range(0, x.shape[1], size)):
+                acc = 0.0
+                for v, w in zip(x[r, start : start + size], weight[n, start : start + size], strict=True):
+                    acc = _LIBM.fmaf(float(v), float(w), acc)
+                total = _LIBM.fmaf(acc, float(scale[n, group]), total)
+            assert np.float32(total) == expected[r, n]
+    assert seen > 200
+
+
 def test_quantize_and_dequantize_follow_the_formulas() -> None:
     row = ops.row("quantize")
     for sample in row.samples(torch.Generator().manual_seed(5)):
