@@ -40,7 +40,7 @@ class FoldBatchnorm(Pass):
         return rewrite.apply((FOLD, TO_DEPTHWISE), program, context)
 
 
-def _norm_of(node: fx.Node) -> fx.Node | None:
+def norm_of(node: fx.Node) -> fx.Node | None:
     """The batch norm whose normalized value `node` is: its first result, or the node itself."""
     if node.target is aten.batch_norm.default:
         return node
@@ -54,7 +54,7 @@ def _statistics(node: fx.Node) -> tuple[list[Any], float]:
     return list(node.args[1:5]), float(eps)  # type: ignore[arg-type]
 
 
-def _affine(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:
+def affine(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:
     """(g, beta - mean * g) of the batch norm, float64."""
     (weight, bias, mean, var), eps = _statistics(norm)
     mean, var = (constant(program.graph_module, n).to(torch.float64) for n in (mean, var))
@@ -65,8 +65,9 @@ def _affine(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:
     return g, shift if bias is None else shift + constant(program.graph_module, bias).to(torch.float64)
 
 
-def _check_norm(node: fx.Node) -> str | None:
-    norm = _norm_of(node)
+def objection_to_norm(node: fx.Node) -> str | None:
+    """Why the batch norm that `node` is cannot be folded anywhere; None when it can, "" when it is none."""
+    norm = norm_of(node)
     if norm is None:
         return ""
     statistics, _ = _statistics(norm)
@@ -76,10 +77,10 @@ def _check_norm(node: fx.Node) -> str | None:
 
 
 def _check_fold(program: Program, node: fx.Node) -> str | None:
-    objection = _check_norm(node)
+    objection = objection_to_norm(node)
     if objection is not None:
         return objection
-    norm = _norm_of(node)
+    norm = norm_of(node)
     assert norm is not None
     before: Any = norm.args[0]
     if before.target not in _WEIGHTED:
@@ -95,10 +96,10 @@ def _check_fold(program: Program, node: fx.Node) -> str | None:
 
 
 def _fold(program: Program, node: fx.Node) -> fx.Node:
-    norm = _norm_of(node)
+    norm = norm_of(node)
     assert norm is not None
     before: Any = norm.args[0]
-    g, shift = _affine(program, norm)
+    g, shift = affine(program, norm)
     weight_node, bias_node = before.args[1], before.args[2] if len(before.args) > 2 else None
     weight = constant(program.graph_module, weight_node).to(torch.float64)
     weight = weight * g.reshape(-1, *[1] * (weight.dim() - 1))
@@ -114,19 +115,19 @@ def _fold(program: Program, node: fx.Node) -> fx.Node:
 
 
 def _check_depthwise(program: Program, node: fx.Node) -> str | None:
-    objection = _check_norm(node)
+    objection = objection_to_norm(node)
     if objection is not None:
         return objection
-    norm = _norm_of(node)
+    norm = norm_of(node)
     assert norm is not None
     rank = len(shape_of(norm.args[0]))  # type: ignore[arg-type]
     return None if rank in (2, 3, 4) else f"its input has {rank} dimensions"
 
 
 def _to_depthwise(program: Program, node: fx.Node) -> fx.Node:
-    norm = _norm_of(node)
+    norm = norm_of(node)
     assert norm is not None
-    g, shift = _affine(program, norm)
+    g, shift = affine(program, norm)
     x: Any = norm.args[0]
     rank, channels = len(shape_of(x)), len(g)
     spatial = 2 if rank == 4 else 1

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from qcompile import rewrite
-from qcompile.ir import Program, Property, shape_of
+from qcompile.ir import QPARAMS, Program, Property, shape_of
 from qcompile.passes.base import Context, Pass
 from qcompile.rewrite import Rule, call
 from qcompile.sites import COVERS, HOLDS, only_user
@@ -58,6 +58,7 @@ def _replace(program: Program, node: fx.Node) -> fx.Node:
     args[_PADDING] = [p + e for p, e in zip(args[_PADDING], extra, strict=True)]
     new = call(program, node, node.target, *args, **node.kwargs)
     covers = node.meta.get(COVERS, ())
+    new.meta[QPARAMS] = node.meta.get(QPARAMS)
     new.meta[COVERS] = (*pad.meta.get(COVERS, ()), *covers) if only_user(pad) is node else covers
     if HOLDS in node.meta:
         new.meta[HOLDS] = node.meta[HOLDS]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompile import arith, ops
-from qcompile.arith import QMAX, QMIN, inverse_scale
-from qcompile.ir import LedgerRow, Program, Property, QParams, add_constant, constant, copy_meta, where
+from qcompile.arith import inverse_scale
+from qcompile.ir import QPARAMS, LedgerRow, Program, Property, QParams, add_constant, constant, copy_meta, where
 from qcompile.ops.row import Output, QValue, Site, Weight
-from qcompile.ops.unary import clamp_bounds
+from qcompile.ops.unary import LOOKUP, clamp_bounds, requantize_table
 from qcompile.passes.base import Context, Pass
 from qcompile.qdq import MARKS, is_dequantize, is_quantize, lift_weights, params
 from qcompile.sites import COVERS, HOLDS, STAYS_FLOAT, Group, Held, computes_no_reals, is_computed, is_shape, read
@@ -123,14 +123,26 @@ class _Builder:
 
     def quantized(self, node: fx.Node) -> QValue:
         tensor: Any = node.args[0]
-        own = params(node)
+        output = params(node)
         if tensor in self.groups:
-            new = self.fuse(self.groups[tensor], own)
+            new = self.fuse(self.groups[tensor], output)
+        elif is_dequantize(tensor):
+            return self.rescaled(self.int8[tensor.args[0]], output, tensor)
         else:
-            args = (self.value(tensor), inverse_scale(own.scale), own.zero_point)
+            args = (self.value(tensor), inverse_scale(output.scale), output.zero_point)
             new = copy_meta(self.new.graph.call_function(torch.ops.qcompile.quantize.default, args), tensor)
-        new.meta[HOLDS] = Held(tensor.name, own)
-        return QValue(new, own)
+            new.meta[QPARAMS] = output
+        new.meta[HOLDS] = Held(tensor.name, output)
+        return QValue(new, output)
+
+    def rescaled(self, value: QValue, output: QParams, like: fx.Node) -> QValue:
+        """An int8 value that is quantized again."""
+        if value.qparams == output:
+            return value
+        table = self.constant(f"{like.name}_table", requantize_table(value.qparams, output))
+        new = self.new.graph.call_function(LOOKUP.op, (value.node, table))
+        new.meta[QPARAMS] = output
+        return QValue(copy_meta(new, like), output)
 
     def fuse(self, group: Group, output: QParams) -> fx.Node:
         lo, hi = _clamp(group, output)
@@ -152,6 +164,7 @@ class _Builder:
         args, kwargs = fx.node.map_arg((args, kwargs), self.translate)
         new = self.new.graph.create_node("call_function", target, args, kwargs, name=root.name)
         new.meta[COVERS] = tuple(n.name for n in group.members)
+        new.meta[QPARAMS] = output
         return copy_meta(new, root)
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
@@ -167,9 +180,11 @@ def _clamp(group: Group, output: QParams) -> tuple[int, int]:
     low, high = (clamp_bounds(group.clamp) or (None, None)) if group.clamp is not None else (None, None)
 
     def quantized(bound: float | None, default: int) -> int:
+        if bound is None:
+            return default
         # As any value of that tensor is quantized: a bound half way between two steps (6 at a scale of 12 / 255) must
         # not be rounded otherwise here.
-        exact = arith.inverse_scale(output.scale), output.zero_point
-        return default if bound is None else int(arith.quantize(torch.tensor(bound), *exact))
+        q = arith.quantize(torch.tensor(bound), arith.inverse_scale(output.scale), output.zero_point)
+        return max(output.qmin, min(output.qmax, int(q)))
 
-    return quantized(low, QMIN), quantized(high, QMAX)
+    return quantized(low, output.qmin), quantized(high, output.qmax)

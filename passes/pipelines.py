@@ -6,12 +6,14 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from qcompile.config import QuantConfig
 from qcompile.errors import PipelineError
 from qcompile.passes.base import Pass
 from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.canonicalize_qdq import CanonicalizeQdq
 from qcompile.passes.fold_batchnorm import FoldBatchnorm
 from qcompile.passes.fold_padding import FoldPadding
 from qcompile.passes.fuse_requantize import FuseRequantize
@@ -86,6 +88,12 @@ class Pipeline:
         return " -> ".join(str(p) for p in self.passes)
 
 
+def qdq_pipeline() -> Pipeline:
+    """Qdq to integer, for a model that is already quantized; with the passes of installed distributions that join
+    behind one of these."""
+    return _with_entry_points(Pipeline((CanonicalizeQdq(), FuseRequantize(), FoldPadding())), all_must_join=False)
+
+
 def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
     """Float to integer, with the passes that installed distributions add by entry point.
 
@@ -105,27 +113,35 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             QuantizeLinearWeights(),
         )
     )
+    return _with_entry_points(pipeline)
+
+
+def _with_entry_points(pipeline: Pipeline, *, all_must_join: bool = True) -> Pipeline:
+    """`pipeline` with the passes that installed distributions add."""
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
-        pipeline = _joined(pipeline, entry)
+        step = _loaded(entry)
+        joins = isinstance(step, Pass) and step.joins_after in pipeline.names
+        if not joins and all_must_join:
+            raise PipelineError(
+                f"{step!r} cannot join the pipeline",
+                where=_place(entry),
+                remedy=f"let it name a Pass that sets `joins_after` to one of {', '.join(pipeline.names)}",
+            )
+        pipeline = pipeline.after(str(step.joins_after), step) if joins else pipeline
     return pipeline
 
 
-def _joined(pipeline: Pipeline, entry: EntryPoint) -> Pipeline:
-    """`pipeline` with the pass that an installed distribution adds."""
-    place = f"entry point {entry.name!r} ({entry.value}) of the group {ENTRY_POINTS}"
+def _place(entry: EntryPoint) -> str:
+    return f"entry point {entry.name!r} ({entry.value}) of the group {ENTRY_POINTS}"
+
+
+def _loaded(entry: EntryPoint) -> Any:
     try:
         made = entry.load()
-        step = made() if callable(made) else made
+        return made() if callable(made) else made
     except Exception as error:
         raise PipelineError(
             f"a pass cannot be loaded: {type(error).__name__}: {error}",
-            where=place,
+            where=_place(entry),
             remedy="repair or uninstall the distribution that registers it",
         ) from error
-    if not isinstance(step, Pass) or step.joins_after not in pipeline.names:
-        raise PipelineError(
-            f"{step!r} cannot join the pipeline",
-            where=place,
-            remedy=f"let it name a Pass that sets `joins_after` to one of {', '.join(pipeline.names)}",
-        )
-    return pipeline.after(step.joins_after, step)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qcompile.errors import QcompileError as QcompileError
     from qcompile.evaluation import diagnose as diagnose
     from qcompile.evaluation import evaluate as evaluate
+    from qcompile.export.model import export_onnx as export_onnx
     from qcompile.qat import QatModel as QatModel
     from qcompile.quantizer import QuantizedModel as QuantizedModel
     from qcompile.quantizer import quantize as quantize
@@ -39,6 +40,7 @@ _HOME = {
     "compile": "qcompile.compiler",
     "diagnose": "qcompile.evaluation",
     "evaluate": "qcompile.evaluation",
+    "export_onnx": "qcompile.export.model",
     "load": "qcompile.runtime",
     "prepare_qat": "qcompile.training",
     "quantize": "qcompile.quantizer",
@@ -55,6 +57,7 @@ __all__ = [
     "compile",
     "diagnose",
     "evaluate",
+    "export_onnx",
     "load",
     "passes",
     "prepare_qat",

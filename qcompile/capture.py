@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.inputs import example_call, input_specs, is_empty, output_structure
 from qcompile.ir import ORIGIN, Origin, Program, Property, Stage, finish, source, where
+from qcompile.qdq import NAMESPACE
 from qcompile.trace import export_refused
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ def capture(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
 ) -> Program:
-    """Capture `model` as a float Program.
+    """Capture `model` as a float Program, or as a qdq one where it has been quantized (by torchao's PT2E flow).
 
     Args:
         model: an nn.Module (an fx.GraphModule is one) in eval mode, or an ExportedProgram.
@@ -106,7 +107,9 @@ def _program(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
         _check_node(node)
     specs = input_specs(exported, graph_module, dynamic_shapes)
     structure = output_structure(exported)
-    program = Program(graph_module, Stage.FLOAT, specs, structure, {Property.FLOAT})
+    given = any(getattr(n.target, "namespace", "") == NAMESPACE for n in graph_module.graph.nodes)
+    stage, begins = (Stage.QDQ, Property.GIVEN_QDQ) if given else (Stage.FLOAT, Property.FLOAT)
+    program = Program(graph_module, stage, specs, structure, {begins})
     finish(program)
     if not program.outputs():
         raise CaptureError("the model returns nothing", remedy="return a tensor, or a tuple or dict of tensors")
@@ -156,6 +159,12 @@ def _check_node(node: fx.Node) -> None:
     if node.op != "call_function":
         return
     here = {"where": where(node) or "the model's own forward", "source": source(node)}
+    if node.target is torch.ops.higher_order.out_dtype or getattr(node.target, "namespace", "") == "torchao":
+        raise CaptureError(
+            f"the model is quantized in another form than quantize and dequantize nodes: {node.target}",
+            remedy="convert it with torchao's convert_pt2e(model), without use_reference_representation",
+            **here,
+        )
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         raise CaptureError(
             f"control flow on data: torch.ops.higher_order.{node.target.name()}",

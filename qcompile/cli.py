@@ -1,7 +1,7 @@
-"""The command line: compile, evaluate, tune, merge, run, inspect, selftest, targets.
+"""The command line: compile, evaluate, export, tune, merge, run, inspect, selftest, targets.
 
-Only `compile`, `evaluate` and `tune` need PyTorch, and these, `merge` and `targets` the compiler: the other commands
-work on a device. A mistake prints what was wrong, where and what to do, and ends with 1.
+Only `compile`, `evaluate`, `export` and `tune` need PyTorch, and these, `merge` and `targets` the compiler: the
+other commands work on a device. A mistake prints what was wrong, where and what to do, and ends with 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from qcompile.arrays import in_order, read_arrays, read_model
-from qcompile.artifact import Artifact, CoverageRow, TensorSpec
+from qcompile.artifact import Artifact, TensorSpec
 from qcompile.device import lacks, machine
 from qcompile.errors import ConfigError, InputError, QcompileError
 from qcompile.runtime import load, report
@@ -58,17 +58,20 @@ app = typer.Typer(
     help="Compile PyTorch models to exact int8 machine code, and run them without PyTorch.",
 )
 
+ExportedFile = Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="typical inputs: .npz, one array per input, first axis = samples; none for a quantized model"),
+]
 ModelFile = Annotated[Path, typer.Argument(help="a compiled model (.qcm)", metavar="MODEL.qcm")]
 Threads = Annotated[int | None, typer.Option(help="threads for a call [default: all cores]")]
 
 
 @app.command("compile")
 def compile_command(
-    model: Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")],
+    model: ExportedFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="where the compiled model goes (.qcm)")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="typical inputs: .npz, one array per input, first axis = samples")
-    ] = None,
+    calibration: Calibration = None,
     target: Annotated[str, typer.Option(help="what to compile for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
@@ -100,6 +103,29 @@ def compile_command(
     compiled.save(output)
     counts = _counts(compiled.coverage)
     out.print(f"{output}: {output.stat().st_size:,} bytes for {compiled.target}; {counts}", highlight=False)
+
+
+@app.command("export")
+def export_command(
+    model: ExportedFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="where the ONNX model goes (.onnx)")],
+    calibration: Calibration = None,
+    batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
+    preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
+    activations: Annotated[str, typer.Option(help="int8, or uint8 (ONNX Runtime on x86 is faster with it)")] = "int8",
+) -> None:
+    """Quantize a float model and write it as ONNX (QDQ), for other engines."""
+    from qcompile.config import QuantConfig
+    from qcompile.export import export_onnx
+    from qcompile.quantizer import quantize
+
+    config = QuantConfig(preset=preset)
+    program, batches = read_model(model, calibration, batch)
+    with _progress() as progress:
+        quantized = quantize(program, calibration=batches, config=config, progress=progress)
+    export_onnx(quantized, output, activations=activations)  # type: ignore[arg-type]
+    counts = _counts(quantized.coverage)
+    out.print(f"{output}: {output.stat().st_size:,} bytes; {counts}", highlight=False)
 
 
 @app.command()
@@ -141,6 +167,7 @@ def evaluate(
             program, layers = load_exported(model), 0
         else:
             program, batches = read_model(model, calibration, batch)
+            assert batches is not None
             config = QuantConfig(preset=preset)
             loaded = with_layers(loaded, program, batches, config=config, threads=threads, progress=progress)
         found = evaluate(
@@ -164,11 +191,11 @@ def evaluate(
 
 @app.command()
 def tune(
-    model: Annotated[Path, typer.Argument(help="a model that torch.export.save wrote (.pt2)", metavar="MODEL.pt2")],
-    calibration: Annotated[Path, typer.Option(help="typical inputs: .npz, one array per input, first axis = samples")],
+    model: ExportedFile,
     database: Annotated[
         Path, typer.Option("--database", "-d", help="what was found goes here, and is not measured again")
     ],
+    calibration: Calibration = None,
     target: Annotated[str, typer.Option(help="what to tune for; see `qcompile targets`")] = "native",
     batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
     device: Annotated[str | None, typer.Option(help="measure there: KEY@HOST:PORT of a TVM RPC tracker")] = None,
@@ -307,7 +334,7 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
         yield advance
 
 
-def _counts(coverage: tuple[CoverageRow, ...]) -> str:
+def _counts(coverage: Sequence[Any]) -> str:
     kinds = [row.kind for row in coverage]
     known = ("integer", *(("weight-only",) if "weight-only" in kinds else ()), "float", "shape")
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in known)

@@ -84,3 +84,7 @@ class DeviceError(QcompileError):
 
 class InputError(QcompileError):
     """The inputs of a call do not fit the compiled model: count, shape or dtype."""
+
+
+class ExportError(QcompileError):
+    """The model cannot be written in another format: an operator without a counterpart, a missing package, a path."""

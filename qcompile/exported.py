@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators of quantized models
 from torch import Tensor
 from torch.export import ExportedProgram
 

@@ -45,6 +45,7 @@ class Property(Enum):
     BATCHNORM_FOLDED = "batchnorm_folded"
     OBSERVED = "observed"
     CALIBRATED = "calibrated"
+    GIVEN_QDQ = "given_qdq"  # quantized before it was captured
     QDQ = "qdq"
     INTEGER = "integer"
 
@@ -57,6 +58,9 @@ class QParams:
     zero_point: int
     qmin: int = QMIN
     qmax: int = QMAX
+
+
+QPARAMS = "qparams"  # node.meta key of an int8 node of the integer graph: its QParams
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from qcompile.verify import IllegalGraph, Interface, interface, verify
 STAGE_OF = {
     Property.FLOAT: Stage.FLOAT,
     Property.OBSERVED: Stage.OBSERVED,
+    Property.GIVEN_QDQ: Stage.QDQ,
     Property.QDQ: Stage.QDQ,
     Property.INTEGER: Stage.INTEGER,
 }

@@ -19,7 +19,7 @@ from qcompile.errors import CalibrationError, ConfigError, PipelineError, Target
 from qcompile.inputs import arrange, is_empty, unflatten
 from qcompile.ir import LedgerRow, Program, Property, source
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
-from qcompile.passes import Context, Pipeline, default_pipeline
+from qcompile.passes import Context, Pipeline, default_pipeline, qdq_pipeline
 from qcompile.passes.base import Objection, Pass, Progress
 from qcompile.qat import QatModel
 from qcompile.qdq import is_dequantize, is_quantize, lift_weights
@@ -82,11 +82,12 @@ def quantize(
     dump: str | Path | Dump | None = None,
     rewrite_limit: int | None = None,
 ) -> QuantizedModel:
-    """Quantize `model`.
+    """Quantize `model`, or take a quantized one (torchao's PT2E flow) as it is.
 
     Args:
         model: in eval mode; it is not modified. Of a module from `qcompile.prepare_qat` the trained values are taken;
-            it needs no calibration, and brings its configuration and pipeline.
+            it needs no calibration, and brings its configuration and pipeline. One that is quantized already takes
+            no calibration either: its scales are given (an ExportedProgram has its `example_inputs`).
         example_inputs: a tensor, a tuple or a dict (keyword inputs). Without them, the first batch
             of `calibration` is used.
         calibration: an iterable of inputs, each as `example_inputs`; read once, batch by batch. A
@@ -94,7 +95,8 @@ def quantize(
             Not needed, with `example_inputs`, where the config gives no layer static activations.
         dynamic_shapes: as torch.export takes it.
         config: how to quantize.
-        pipeline: the passes; `qcompile.passes.default_pipeline()` to start from.
+        pipeline: the passes; `qcompile.passes.default_pipeline()` to start from, or `qdq_pipeline()` for a
+            quantized model.
         objection: a target's capability: what it cannot do stays float.
         progress: called after each calibration batch.
         dump: where the graph after each pass goes: a folder or a callable.
@@ -118,7 +120,10 @@ def quantize(
     else:
         program, context = begin(model, example_inputs, calibration, dynamic_shapes, config, objection, progress)
         context.rewrite_limit = rewrite_limit
-        passes = tuple(pipeline if pipeline is not None else default_pipeline(context.config))
+        if pipeline is None:
+            given = Property.GIVEN_QDQ in program.properties
+            pipeline = qdq_pipeline() if given else default_pipeline(context.config)
+        passes = tuple(pipeline)
         recipe = Recipe(passes, context.config, dynamic_shapes, objection, rewrite_limit)
     check_end(passes, program)
     with torch.no_grad():
@@ -140,15 +145,16 @@ def begin(
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
     has_example = not is_empty(example_inputs) or isinstance(model, ExportedProgram)
-    if calibration is None and (config.activations == "static" or not has_example):
-        raise CalibrationError(
-            "no calibration data",
-            remedy="pass calibration=an iterable of typical inputs, for example a list of 32 preprocessed images",
-        )
+    if calibration is None and not has_example:
+        raise _no_calibration()
     batches = None if calibration is None else Batches(calibration)
     if batches is not None and not has_example:
         example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
+    if Property.GIVEN_QDQ in program.properties:
+        _check_given(config, batches)
+    elif batches is None and config.activations == "static":
+        raise _no_calibration()
     return program, Context(config, batches, progress, objection=objection)
 
 
@@ -194,3 +200,26 @@ def _check_capability(program: Program, objection: Objection | None) -> None:
                 source=source(group.root),
                 remedy="pass the same target to prepare_qat and to compile",
             )
+
+
+def _no_calibration() -> CalibrationError:
+    return CalibrationError(
+        "no calibration data",
+        remedy="pass calibration=an iterable of typical inputs, for example a list of 32 preprocessed images "
+        "(for a model that is already quantized: example_inputs)",
+    )
+
+
+def _check_given(config: QuantConfig, batches: Batches | None) -> None:
+    """Refuse what would have no effect on a model that is already quantized."""
+    if batches is not None:
+        raise CalibrationError(
+            "the model is already quantized: there is nothing to calibrate",
+            remedy="leave calibration out and pass example_inputs, or pass the float model",
+        )
+    if replace(config, exclude=()) != QuantConfig():
+        raise ConfigError(
+            "the model is already quantized: preset, observer, overrides and weight_bits have no effect",
+            where="config",
+            remedy="leave them out (exclude still keeps layers float), or pass the float model",
+        )

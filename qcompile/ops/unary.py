@@ -49,26 +49,43 @@ def _in_float64(argument: Any) -> Any:
     return _value(argument).to(torch.float64) if isinstance(argument, fx.Node) else argument
 
 
-def table(node: fx.Node, x: QParams, y: QParams, lo: int = QMIN, hi: int = QMAX) -> Tensor:
-    """The table of the ATen call `node`, for an input at `x` and an output at `y`: (256,) or (C, 256).
-
-    A NaN (the logarithm of a negative number) becomes the zero point, as in `arith.quantize`.
-    """
+def values(node: fx.Node, real: Tensor) -> Tensor:
+    """What the ATen call `node` makes of the values `real` (n,) of its operand, in float64: (n,), or (n, C)."""
     (operand,) = activations(node)
-    real = (torch.arange(QMIN, QMAX + 1, dtype=torch.float64) - x.zero_point) * x.scale
     rank = max(1, len(shape_of(operand)))
     channels = _channels(node)
     # One "image" per value, so that constants broadcast (and prelu finds its channels) as they do in the model.
-    batch = real.reshape(-1, *[1] * (rank - 1))
+    batch = real.to(torch.float64).reshape(-1, *[1] * (rank - 1))
     if channels > 1:
         batch = batch.expand(-1, channels, *[1] * (rank - 2)).contiguous()
     args = [batch if arg is operand else _in_float64(arg) for arg in node.args]
     kwargs = {key: _in_float64(value) for key, value in node.kwargs.items()}
     target: Any = node.target
-    result = target(*args, **kwargs) / y.scale
-    result = torch.where(torch.isnan(result), 0.0, result).clamp(lo - y.zero_point, hi - y.zero_point)
-    q = (torch.round(result).to(torch.int32) + y.zero_point).to(torch.int8).reshape(QMAX - QMIN + 1, -1)
-    return q.T.contiguous() if channels > 1 else q[:, 0].contiguous()
+    result = target(*args, **kwargs).reshape(len(real), -1)
+    return result if channels > 1 else result[:, 0]
+
+
+def table(node: fx.Node, x: QParams, y: QParams, lo: int = QMIN, hi: int = QMAX) -> Tensor:
+    """The table of the ATen call `node`, for an input at `x` and an output at `y`: (256,) or (C, 256)."""
+    q = to_int8(values(node, _every(x)), y, lo, hi)
+    return q if q.dim() == 1 else q.T.contiguous()
+
+
+def requantize_table(x: QParams, y: QParams) -> Tensor:
+    """The table (256,) that brings int8 values at `x` to `y`."""
+    return to_int8(_every(x), y, y.qmin, y.qmax)
+
+
+def _every(x: QParams) -> Tensor:
+    """The real values of -128 to 127."""
+    return (torch.arange(QMIN, QMAX + 1, dtype=torch.float64) - x.zero_point) * x.scale
+
+
+def to_int8(real: Tensor, y: QParams, lo: int, hi: int) -> Tensor:
+    """float64 -> int8 at `y`. A NaN (the logarithm of a negative number) becomes the zero point."""
+    steps = real / y.scale
+    steps = torch.where(torch.isnan(steps), 0.0, steps).clamp(lo - y.zero_point, hi - y.zero_point)
+    return (torch.round(steps).to(torch.int32) + y.zero_point).to(torch.int8)
 
 
 def _constants(node: fx.Node) -> list[fx.Node]:
@@ -111,7 +128,7 @@ def _fuse(site: Site) -> Call:
 
 
 # Operators that only clamp -> their bounds when the arguments are left out.
-_CLAMPS: dict[Any, tuple[float | None, float | None]] = {
+CLAMPS: dict[Any, tuple[float | None, float | None]] = {
     aten.relu.default: (0.0, None),
     aten.relu6.default: (0.0, 6.0),
     aten.hardtanh.default: (-1.0, 1.0),
@@ -124,13 +141,13 @@ _CLAMPS: dict[Any, tuple[float | None, float | None]] = {
 def clamp_bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
     """The real bounds (None: unbounded) that a relu, relu6, hardtanh or clamp imposes; None for
     any other operator, and for bounds computed at run time."""
-    if node.op != "call_function" or node.target not in _CLAMPS:
+    if node.op != "call_function" or node.target not in CLAMPS:
         return None
     given: list[Any] = list(node.args[1:])
     if node.target is aten.clamp_max.default:
         given = [None, *given]
     given = given or [node.kwargs.get("min"), node.kwargs.get("max")]
-    low, high = (given[i] if i < len(given) and given[i] is not None else d for i, d in enumerate(_CLAMPS[node.target]))
+    low, high = (given[i] if i < len(given) and given[i] is not None else d for i, d in enumerate(CLAMPS[node.target]))
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
         return None
     return low, high
