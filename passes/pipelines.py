@@ -14,8 +14,10 @@ from qcompile.passes.calibrate import Calibrate
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.fold_batchnorm import FoldBatchnorm
 from qcompile.passes.fold_padding import FoldPadding
+from qcompile.passes.fuse_float import FuseFloat
 from qcompile.passes.fuse_requantize import FuseRequantize
 from qcompile.passes.insert_observers import InsertObservers
+from qcompile.passes.keep_float import KeepFloat
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.quantize_linear_weights import QuantizeLinearWeights
 from qcompile.passes.round_weights import RoundWeights
@@ -103,11 +105,19 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             FuseRequantize(),
             FoldPadding(),
             QuantizeLinearWeights(),
+            FuseFloat(),
         )
     )
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
         pipeline = _joined(pipeline, entry)
     return pipeline
+
+
+def float_pipeline(numerics: str) -> Pipeline:
+    """Float to code without integers: in "float32", or with the factors of convolutions and linear layers, and what
+    they compute for each other, rounded to "bfloat16". It needs no calibration."""
+    reason = f"numerics={numerics!r} is for the whole model"
+    return Pipeline((Canonicalize(), FoldBatchnorm(), KeepFloat(reason), FuseFloat(numerics)))
 
 
 def _joined(pipeline: Pipeline, entry: EntryPoint) -> Pipeline:
