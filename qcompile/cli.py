@@ -309,8 +309,9 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
 
 def _counts(coverage: tuple[CoverageRow, ...]) -> str:
     kinds = [row.kind for row in coverage]
-    known = ("integer", *(("weight-only",) if "weight-only" in kinds else ()), "float", "shape")
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in known)
+    always = ("integer", "float", "shape")
+    known = ("integer", "weight-only", "float", "bfloat16", "shape")
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in known if kind in always or kind in kinds)
 
 
 def _interface(artifact: Artifact) -> list[tuple[str, ...]]:

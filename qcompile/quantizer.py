@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,22 @@ class QuantizedModel:
         Raises:
             InputError: an input is missing or is no tensor.
         """
-        names = [spec.name for spec in self.program.inputs]
-        positional = flatten(args, names[: len(names) - len(kwargs)]) if args or not kwargs else []
-        rest = flatten(kwargs, names[len(positional or []) :]) if kwargs else []
-        flat = None if positional is None or rest is None else [*positional, *rest]
-        if flat is None or len(flat) != len(names) or not all(isinstance(v, Tensor) for v in flat):
-            raise InputError(f"the model takes {len(names)} tensors: {', '.join(names)}", remedy="pass them all")
-        return unflatten(self.program.output_structure, self.program(*flat))
+        return call(self.program, self.program, args, kwargs)
+
+
+def call(program: Program, run: Callable[..., Sequence[Tensor]], args: Any, kwargs: Any) -> Any:
+    """`run`, which takes and returns the flat tensors of `program`, on inputs as the model takes them.
+
+    Raises:
+        InputError: an input is missing or is no tensor.
+    """
+    names = [spec.name for spec in program.inputs]
+    positional = flatten(args, names[: len(names) - len(kwargs)]) if args or not kwargs else []
+    rest = flatten(kwargs, names[len(positional or []) :]) if kwargs else []
+    flat = None if positional is None or rest is None else [*positional, *rest]
+    if flat is None or len(flat) != len(names) or not all(isinstance(v, Tensor) for v in flat):
+        raise InputError(f"the model takes {len(names)} tensors: {', '.join(names)}", remedy="pass them all")
+    return unflatten(program.output_structure, run(*flat))
 
 
 def quantize(
@@ -103,11 +112,45 @@ def quantize(
     Raises:
         CaptureError, CalibrationError, ConfigError, PipelineError, PassError, QuantizationError
     """
+    program, context, passes = prepared(
+        model, example_inputs, calibration, dynamic_shapes, config, pipeline, objection, progress
+    )
+    context.rewrite_limit = rewrite_limit
+    return run_passes(program, context, passes, dump, dynamic_shapes)
+
+
+def run_passes(
+    program: Program,
+    context: Context,
+    passes: tuple[Pass, ...],
+    dump: str | Path | Dump | None = None,
+    dynamic_shapes: Any = None,
+) -> QuantizedModel:
+    """What becomes of a `prepared` program."""
+    with torch.no_grad():
+        records = PassManager(passes, dump).run(program, context)
+    recipe = Recipe(passes, context.config, dynamic_shapes, context.objection, context.rewrite_limit)
+    return QuantizedModel(program, records, recipe)
+
+
+def prepared(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None,
+    dynamic_shapes: Any,
+    config: QuantConfig | None,
+    pipeline: Pipeline | None,
+    objection: Objection | None,
+    progress: Progress | None,
+) -> tuple[Program, Context, tuple[Pass, ...]]:
+    """The captured program, and the passes with their context, all checked; arguments as of `quantize`."""
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
     has_example = not is_empty(example_inputs) or isinstance(model, ExportedProgram)
-    if calibration is None and (config.activations == "static" or not has_example):
+    passes = tuple(pipeline if pipeline is not None else default_pipeline(config))
+    calibrates = any(Property.CALIBRATED in step.establishes for step in passes if isinstance(step, Pass))
+    if calibration is None and calibrates and (config.activations == "static" or not has_example):
         raise CalibrationError(
             "no calibration data",
             remedy="pass calibration=an iterable of typical inputs, for example a list of 32 preprocessed images",
@@ -116,14 +159,11 @@ def quantize(
     if batches is not None and not has_example:
         example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
-    context = Context(config, batches, progress, rewrite_limit, objection)
-    manager = PassManager(tuple(pipeline if pipeline is not None else default_pipeline(config)), dump)
-    if Property.INTEGER not in check_order(manager.passes, program.properties):
+    context = Context(config, batches, progress, objection=objection)
+    if Property.INTEGER not in check_order(passes, program.properties):
         raise PipelineError(
             "the pipeline does not end in an integer program",
-            where=f"pipeline {', '.join(step.name for step in manager.passes) or 'without passes'}",
+            where=f"pipeline {', '.join(step.name for step in passes) or 'without passes'}",
             remedy="start from qcompile.passes.default_pipeline(), and keep 'fuse_requantize' or a pass in its place",
         )
-    with torch.no_grad():
-        records = manager.run(program, context)
-    return QuantizedModel(program, records, Recipe(manager.passes, config, dynamic_shapes, objection, rewrite_limit))
+    return program, context, passes
