@@ -76,6 +76,11 @@ def compile_command(
     activations: Annotated[str, typer.Option(help="static; or, for linear layers, dynamic or float")] = "static",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
     tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="leave layers in float until so many top labels differ at most, such as 0.01")
+    ] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="inputs to count that on: .npz, as for calibration")] = None,
+    numerics: Annotated[str, typer.Option(help="int8, or for the whole model bfloat16 or float32")] = "int8",
     threads: Threads = None,
 ) -> None:
     """Compile a float model to int8 machine code."""
@@ -84,20 +89,25 @@ def compile_command(
     from qcompile.tuning import Tuning
 
     config = QuantConfig(preset=preset, weight_bits=weight_bits, activations=activations)
-    program, batches = read_model(model, calibration, batch)
+    program, batches, held_out = read_model(model, batch, calibration, evaluation)
     known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:
         compiled = compile(
             program,
             target,
             calibration=batches,
-            config=config,
+            config=None if config == QuantConfig() else config,
             tuning=known,
             strict=strict,
             threads=threads,
             progress=progress,
+            max_accuracy_drop=max_accuracy_drop,
+            evaluation=held_out,
+            numerics=numerics,
         )
     compiled.save(output)
+    if compiled.choices is not None:
+        out.print(compiled.choices.table())
     counts = _counts(compiled.coverage)
     out.print(f"{output}: {output.stat().st_size:,} bytes for {compiled.target}; {counts}", highlight=False)
 
@@ -140,7 +150,7 @@ def evaluate(
         if calibration is None:
             program, layers = load_exported(model), 0
         else:
-            program, batches = read_model(model, calibration, batch)
+            program, batches = read_model(model, batch, calibration)
             config = QuantConfig(preset=preset)
             loaded = with_layers(loaded, program, batches, config=config, threads=threads, progress=progress)
         found = evaluate(
@@ -182,7 +192,7 @@ def tune(
     from qcompile.tuning import Tuning
 
     where, tuning = get(target), Tuning(database, device=device)
-    program, batches = read_model(model, calibration, batch)
+    program, batches = read_model(model, batch, calibration)
     found: list[Any] = []
     try:
         with _progress() as progress:

@@ -66,6 +66,8 @@ class Simulation:
             n: constant(self.program.graph_module, n) for n in self.program.graph.nodes if n.op == "get_attr"
         }
 
+        self._last_read = _last_read(self.program)
+
     # --- whole runs --------------------------------------------------------------------------------
 
     def run(self, left: Collection[str], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -85,6 +87,9 @@ class Simulation:
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 values[node] = self._compute(node, lambda n, node=node: read(n, node), node in roots)
+                for done in self._last_read[node]:
+                    values.pop(done, None)
+                    rounded.pop(done, None)
         return [read(node, node) for node in self.program.outputs()]
 
     # --- one rounding at a time --------------------------------------------------------------------
@@ -128,7 +133,8 @@ class Simulation:
 
     def _round(self, tensor: fx.Node, value: Tensor) -> Tensor:
         params = self.activations[tensor]
-        return torch.fake_quantize_per_tensor_affine(value, params.scale, params.zero_point, QMIN, QMAX)
+        bounds = params.scale, params.zero_point, QMIN, QMAX, torch.int8
+        return qd.dequantize_per_tensor.default(qd.quantize_per_tensor.default(value, *bounds), *bounds)
 
     def _compute(self, node: fx.Node, read: Any, quantized: bool) -> Any:
         target: Any = node.target
@@ -143,6 +149,16 @@ class Simulation:
 def shares_scale(group: Group) -> bool:
     """Whether a group only moves values, so that what it computes of rounded values is rounded already."""
     return group.row.output is Output.SHARED
+
+
+def _last_read(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the values that nothing behind it reads."""
+    found: dict[fx.Node, list[fx.Node]] = {node: [] for node in program.graph.nodes}
+    seen = set(program.outputs())
+    for node in reversed(program.graph.nodes):
+        found[node] = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return found
 
 
 def _reads(group: Group, activations: Collection[fx.Node]) -> bool:
