@@ -49,7 +49,9 @@ def main() -> None:
     metric = Checked(Agreement(held_out, start[0]))
     began = time.perf_counter()
     stages = Stages(*start)
-    compiled, choices = search(stages, metric, options.drop, target, finish, None)
+    with console.status("searching") as status:
+        show = lambda step, done, total: status.update(f"{step}: {done} of {total or '?'}")  # noqa: E731
+        compiled, choices = search(stages, metric, options.drop, target, finish, show)
     console.print(choices.table())
     console.print(f"found in {time.perf_counter() - began:.0f} s")
 
