@@ -17,7 +17,7 @@ class Choice:
         layer: its module path.
         operators: the names of the operators that one integer operator would have computed.
         numerics: what it computes in.
-        gain: of the metric: how much lower it was with this layer quantized and the other choices as they are.
+        gain: of the metric: how much lower it is, simulated, with this layer quantized and the others as they are.
         noise: the part that its roundings have in the squared error of the outputs, of all layers' together.
         cost_ms: how much slower a call it makes: the difference of its kernels, measured in the float network and in
             the int8 network; for another machine, an estimate.

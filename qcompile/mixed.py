@@ -126,9 +126,9 @@ class _Search:
         costs = self._costs(int8)
         noise = self._noise()
         steps = ranked(self.simulation, noise, costs)
-        model, left, reached, gains = self._least(steps, costs)
+        model, left, reached = self._least(steps, costs)
         times = self._milliseconds(int8, model)
-        rows = [self._row(name, gains.get(name, 0.0), noise, costs) for name in left]
+        rows = [self._row(name, self._gain(name, left), noise, costs) for name in left]
         rows.sort(key=lambda row: (-row.gain, -row.noise, row.layer, row.operators))
         choices = Choices(tuple(rows), self.max_drop, self.float_metric, int8_metric, reached, times[0], times[1])
         if not choices.met:
@@ -209,22 +209,26 @@ class _Search:
             self.report("noise of each layer", done + 1, len(self.seen))
         return found
 
-    def _least(self, steps: list[Left], costs: Mapping[str, float]) -> tuple[Any, Left, float, dict[str, float]]:
-        """The shortest prefix of `steps` that does, less what can be spared of it; the best there is if none does."""
-        best: tuple[Any, Left, float, dict[str, float]] | None = None
-        at = self._first(steps)
-        while True:
-            left, gains = self._pruned(steps[at], costs)
-            tried = [left, steps[at]] if left != steps[at] else [left]
-            for candidate in tried:
-                model, reached = self._finished(candidate)
-                if best is None or reached > best[2]:
-                    best = model, candidate, reached, gains
-                if self._meets(reached):
-                    return model, candidate, reached, gains
-            if at == len(steps) - 1:
-                return best  # type: ignore[return-value]
-            at = min(len(steps) - 1, 2 * at + 1)  # the integer program is a little worse than simulated
+    def _least(self, steps: list[Left], costs: Mapping[str, float]) -> tuple[Any, Left, float]:
+        """The first of `steps` that does, less what can be spared of it; the best that was tried if none does."""
+        at, more = self._first(steps), 1
+        best = (*self._finished(steps[at]), steps[at])
+        while not self._meets(best[1]) and at < len(steps) - 1:  # compiled it may be a little worse than simulated
+            at, more = min(len(steps) - 1, at + more), 2 * more
+            best = max(best, (*self._finished(steps[at]), steps[at]), key=lambda tried: tried[1])
+        if self._meets(best[1]):
+            smaller = self._pruned(best[2], costs)
+            low, high = 0, len(smaller)  # the last one that does; to begin with, the very last
+            middle = high - 1
+            while low < high:
+                tried = (*self._finished(smaller[middle]), smaller[middle])
+                if self._meets(tried[1]):
+                    best, low = tried, middle + 1
+                else:
+                    high = middle
+                middle = (low + high) // 2
+        model, reached, left = best
+        return model, left, reached
 
     def _first(self, steps: list[Left]) -> int:
         """The first step that meets the target, if the metric only rises from step to step; by bisection, after a
@@ -239,21 +243,27 @@ class _Search:
             low, high = (low, middle) if self._meets(self._simulated(steps[middle])) else (middle + 1, high)
         return high
 
-    def _pruned(self, left: Left, costs: Mapping[str, float]) -> tuple[Left, dict[str, float]]:
-        """`left` without the layers that it can do without, the most costly ones tried first; and what each of the
-        others gains."""
-        if not self._meets(self._simulated(left)):
-            return left, {}
-        while True:  # what one layer gains may depend on one that is given up after it
-            before, gains = left, {}
-            for done, name in enumerate(sorted(before, key=lambda name: (-costs[name], name))):
-                self.report("layers to spare", done, len(before))
-                without = self._simulated(left - {name})
-                gains[name] = self._simulated(left) - without
-                if self._meets(without):
-                    left -= {name}
-            if left == before:
-                return left, gains
+    def _pruned(self, left: Left, costs: Mapping[str, float]) -> list[Left]:
+        """Ever smaller parts of `left` that still do, as far as the simulation can tell: without half of the layers,
+        if it can do without them all, else without quarters, and so on; those that cost most are tried together."""
+        least = min(self.float_metric - self.max_drop, self._simulated(left))
+        found: list[Left] = []
+
+        def spare(names: list[str]) -> None:
+            now = found[-1] if found else left
+            if self._simulated(now.difference(names)) >= least:
+                found.append(now.difference(names))
+            elif len(names) > 1:
+                half = len(names) // 2
+                spare(names[:half])
+                spare(names[half:])
+            self.report("layers that are needed", len(found[-1] if found else left), len(left))
+
+        spare(sorted(left, key=lambda name: (-costs[name], name)))
+        return found
+
+    def _gain(self, name: str, left: Left) -> float:
+        return self._simulated(left) - self._simulated(left - {name})
 
     def _row(self, name: str, gain: float, noise: Mapping[Rounding, float], costs: Mapping[str, float]) -> Choice:
         group = self.groups[name]

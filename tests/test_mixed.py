@@ -131,7 +131,7 @@ def test_another_machine_s_costs_are_estimated() -> None:
 def test_long_work_is_reported() -> None:
     steps: list[str] = []
     search(progress=lambda step, done, total: steps.append(step))
-    assert {"calibrate", "noise of each layer", "time of each layer", "layers to spare"} <= set(steps)
+    assert {"calibrate", "noise of each layer", "time of each layer", "layers that are needed"} <= set(steps)
 
 
 @dataclass(frozen=True)
