@@ -22,10 +22,12 @@ def layout_of(low: Lowering, node: fx.Node) -> Layout:
     return low.values[node].layout or dense(low.shape(node))
 
 
-def use_real(low: Lowering, node: fx.Node, channels_last: bool, halo: Halo, dtype: str | None) -> Value:
-    """The value of `node` in a layout of the asked kind with at least this `halo`, and stored as `dtype` (None: in
-    any way), copied where it is otherwise."""
-    value, layout, pitch = low.values[node], layout_of(low, node), low.target.isa.lanes
+def use_real(
+    low: Lowering, node: fx.Node, channels_last: bool, halo: Halo, dtype: str | None, pitch: int | None = None
+) -> Value:
+    """The value of `node` in a layout of the asked kind with at least this `halo`, its channels allocated in multiples
+    of `pitch` (None: whole vectors), and stored as `dtype` (None: in any way), copied where it is otherwise."""
+    value, layout, pitch = low.values[node], layout_of(low, node), pitch or low.target.isa.lanes
     channels_last = channels_last and len(layout.shape) > 2
     kind = layout.channels_last == channels_last and (channels_last or layout.halo == NO_HALO)
     margin = all(a >= b for a, b in zip(layout.halo, halo, strict=True))

@@ -19,6 +19,8 @@ from qcompile.targets.lower import Lowering
 from qcompile.targets.real_lower import define_real, use_real
 from qcompile.targets.real_plan import padding_of
 
+_PITCH = 4  # channels: an ungrouped convolution reads whole words, and no more than it needs
+
 
 def _float_conv2d(low: Lowering, node: fx.Node) -> None:
     stride, _, dilation, groups = node.args[3:7]
@@ -42,7 +44,7 @@ def _emit(
     way = products(numerics_of(node), low.target.isa)
     weight = low.tensor(a[1]).astype(np.float32)
     weight = weight if channels_last else weight[:, :, None, None]
-    x = use_real(low, a[0], channels_last, halo, BF16 if way.depth == 2 else None)
+    x = use_real(low, a[0], channels_last, halo, BF16 if way.depth == 2 else None, _PITCH if groups == 1 else None)
     other = node.kwargs.get("residual")
     values = [x] if other is None else [x, use_real(low, other, channels_last, NO_HALO, None)]  # type: ignore[arg-type]
     y = low.planned_real[node]
