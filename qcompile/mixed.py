@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from qcompile.evaluation import interleave
 from qcompile.inputs import flatten
 from qcompile.ir import where
 from qcompile.metrics import Checked
+from qcompile.ops.real import BFLOAT16, FLOAT32
 from qcompile.passes.base import Progress
 from qcompile.quantizer import QuantizedModel, call
 from qcompile.ranking import Left, ranked
@@ -33,7 +34,6 @@ from qcompile.targets import Target
 
 _SAMPLES = 16  # inputs that each rounding is tried on
 _BLOCKS = 10  # in which two models are timed in turns
-NUMERICS = "float32"
 
 Finish = Callable[[QuantizedModel], Any]
 """An integer program -> a compiled model."""
@@ -128,7 +128,8 @@ class _Search:
         steps = ranked(self.simulation, noise, costs)
         model, left, reached = self._least(steps, costs)
         times = self._milliseconds(int8, model)
-        rows = [self._row(name, self._gain(name, left), noise, costs) for name in left]
+        bfloat16 = {row.node for row in model.coverage if row.kind == BFLOAT16}
+        rows = [self._row(name, left, bfloat16, noise, costs[name]) for name in left]
         rows.sort(key=lambda row: (-row.gain, -row.noise, row.layer, row.operators))
         choices = Choices(tuple(rows), self.max_drop, self.float_metric, int8_metric, reached, times[0], times[1])
         if not choices.met:
@@ -262,13 +263,14 @@ class _Search:
         spare(sorted(left, key=lambda name: (-costs[name], name)))
         return found
 
-    def _gain(self, name: str, left: Left) -> float:
-        return self._simulated(left) - self._simulated(left - {name})
-
-    def _row(self, name: str, gain: float, noise: Mapping[Rounding, float], costs: Mapping[str, float]) -> Choice:
+    def _row(
+        self, name: str, left: Left, bfloat16: Collection[str], noise: Mapping[Rounding, float], cost: float
+    ) -> Choice:
         group = self.groups[name]
         nodes = (*group.members, *group.inputs)
         own = sum(value for rounding, value in noise.items() if rounding.node in nodes)
         total = sum(noise.values())
+        gain = self._simulated(left) - self._simulated(left - {name})
+        numerics = BFLOAT16 if group.root.name in bfloat16 else FLOAT32
         operators = tuple(m.name for m in group.members)
-        return Choice(where(group.root), operators, NUMERICS, gain, own / total if total else 0.0, costs[name])
+        return Choice(where(group.root), operators, numerics, gain, own / total if total else 0.0, cost)

@@ -22,6 +22,7 @@ from qcompile.errors import AccuracyWarning, CalibrationError, ConfigError, Qcom
 from qcompile.ir import Program, Property
 from qcompile.metrics import Predict
 from qcompile.passes import Context, Pass, default_pipeline
+from qcompile.passes.fuse_float import FuseFloat
 from qcompile.quantizer import prepared
 from qcompile.simulation import Simulation
 from qcompile.stages import REASON, Stages
@@ -68,7 +69,9 @@ def error(model: nn.Module) -> Callable[[Predict], float]:
 
 def search(model: nn.Module | None = None, **options: Any) -> qcompile.CompiledModel:
     model = model or spoilt()
-    options = {"calibration": CALIBRATION, "max_accuracy_drop": 0.06, "metric": error(model), "threads": 1, **options}
+    if "metric" not in options:
+        options["metric"] = error(model)
+    options = {"calibration": CALIBRATION, "max_accuracy_drop": 0.06, "threads": 1, **options}
     return qcompile.compile(model, **options)
 
 
@@ -126,6 +129,49 @@ def test_another_machine_s_costs_are_estimated() -> None:
     assert {row.layer for row in compiled.choices.rows} == {"4", "6"}
     assert compiled.choices.ms is None
     assert compiled.choices.metric == error(spoilt())(compiled.reference)
+
+
+def test_layers_may_be_left_in_bfloat16() -> None:
+    compiled = search(pipeline=default_pipeline().replace("fuse_float", FuseFloat("bfloat16")))
+    assert compiled.choices is not None
+    assert compiled.choices.met
+    assert {(row.layer, row.numerics) for row in compiled.choices.rows} == {("4", "bfloat16"), ("6", "bfloat16")}
+    assert {row.node for row in compiled.coverage if row.kind == "bfloat16"} == compiled.choices.operators
+
+
+def test_a_batch_may_be_dynamic_and_of_another_size() -> None:
+    batch = {0: torch.export.Dim("batch", max=16)}
+    held_out = [x[:3] for x in HELD_OUT]
+    compiled = search(dynamic_shapes=(batch,), metric=None, evaluation=held_out, max_accuracy_drop=0.1)
+    assert compiled.choices is not None
+    assert {"4", "6"} <= {row.layer for row in compiled.choices.rows}
+    assert compiled(randn(7, 3, 12, 12, seed=9)).shape == (7, 10)
+
+
+class TwoAnswers(nn.Module):
+    """A model that takes two tensors by name and answers with a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = spoilt()
+
+    def forward(self, image: Tensor, shift: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.body(image) + shift, "shift": shift}
+
+
+def test_a_model_may_take_and_give_more_than_one_tensor() -> None:
+    inputs = [{"image": x, "shift": randn(4, 10, seed=i)} for i, x in enumerate(HELD_OUT)]
+    model = TwoAnswers().eval()
+    with torch.no_grad():
+        wanted = torch.cat([model(**x)["logits"] for x in inputs])
+
+    def metric(predict: Predict) -> float:
+        return -float((torch.cat([predict(**x)["logits"] for x in inputs]) - wanted).norm() / wanted.norm())
+
+    compiled = search(model, calibration=inputs, example_inputs=inputs[0], metric=metric)
+    assert compiled.choices is not None
+    assert compiled.choices.met
+    assert {"body.4", "body.6"} <= {row.layer for row in compiled.choices.rows}
 
 
 def test_long_work_is_reported() -> None:
