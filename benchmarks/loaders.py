@@ -46,14 +46,14 @@ def onnxruntime(path: str, threads: int) -> Callable[[Array], Array]:
     return lambda x: session.run(None, {name: x})[0]
 
 
-def openvino(path: str, threads: int) -> Callable[[Array], Array]:
+def openvino(path: str, threads: int, precision: str = "f32") -> Callable[[Array], Array]:
     import openvino
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
 
@@ -63,6 +63,10 @@ def openvino(path: str, threads: int) -> Callable[[Array], Array]:
         return request.get_output_tensor().data
 
     return run
+
+
+def openvino_bfloat16(path: str, threads: int) -> Callable[[Array], Array]:
+    return openvino(path, threads, "bf16")
 
 
 def inductor(path: str, threads: int) -> Callable[[Array], Array]:

@@ -80,7 +80,7 @@ class Calibrate(Pass):
         """Run all batches; returns how many samples they held."""
         done = samples = 0
         for index, batch in enumerate(context.calibration or ()):
-            for inputs in check_batch(program.inputs, batch, index):
+            for inputs in check_batch(program.inputs, batch, f"calibration batch {index}"):
                 program(*inputs)
                 if samples < context.config.kept_samples:
                     context.samples.append(inputs)
@@ -92,9 +92,9 @@ class Calibrate(Pass):
         return samples
 
 
-def check_batch(specs: tuple[InputSpec, ...], batch: Any, index: int) -> Iterator[list[Tensor]]:
-    """The inputs that `batch` holds, checked against `specs`: once, or in pieces of the static batch size."""
-    place = f"calibration batch {index}"
+def check_batch(specs: tuple[InputSpec, ...], batch: Any, place: str) -> Iterator[list[Tensor]]:
+    """The inputs that `batch` holds, checked against `specs`: once, or in pieces of the static batch size. `place` is
+    how errors call it."""
     values = flatten(batch, [spec.name for spec in specs])
     if values is None:
         wanted = ", ".join(spec.name for spec in specs)

@@ -19,7 +19,7 @@ from qcompile.ir import Program, Property
 from qcompile.observers import MinMax, MovingAverage, Observer, Shared
 from qcompile.ops.row import Output, Row
 from qcompile.passes.base import Context, Pass
-from qcompile.sites import Group, is_computed, plan
+from qcompile.sites import Group, Refusal, is_computed, plan
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,7 @@ class InsertObservers(Pass):
     def run(self, program: Program, context: Context) -> bool:
         context.config.check(filter(is_computed, program.graph.nodes), program.placeholders())
 
-        def refusal(row: Row, node: fx.Node) -> str | None:
-            selector = context.config.excludes(node)
-            if selector is not None:
-                return f"excluded by the configuration ({selector!r})"
-            activations = context.config.of([node]).activations
-            if activations != "static":
-                return f"activations={activations!r}, which only linear layers can have"
-            return context.objection(row, node) if context.objection is not None else None
-
-        groups = plan(program.graph, refusal)
+        groups = plan(program.graph, refusal(context))
         inserted: dict[fx.Node, fx.Node] = {}
         for group in groups.values():
             _observe_group(program, context, group, inserted)
@@ -55,6 +46,21 @@ class InsertObservers(Pass):
                 if user is not observer and (made_as_int8 or user in quantized):
                     user.replace_input_with(tensor, observer)
         return bool(inserted)
+
+
+def refusal(context: Context) -> Refusal:
+    """Why a node that a row could take must stay float."""
+
+    def refuse(row: Row, node: fx.Node) -> str | None:
+        selector = context.config.excludes(node)
+        if selector is not None:
+            return f"excluded by the configuration ({selector!r})"
+        activations = context.config.of([node]).activations
+        if activations != "static":
+            return f"activations={activations!r}, which only linear layers can have"
+        return context.objection(row, node) if context.objection is not None else None
+
+    return refuse
 
 
 def _observe_group(program: Program, context: Context, group: Group, inserted: dict[fx.Node, fx.Node]) -> None:

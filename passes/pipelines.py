@@ -16,8 +16,10 @@ from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.canonicalize_qdq import CanonicalizeQdq
 from qcompile.passes.fold_batchnorm import FoldBatchnorm
 from qcompile.passes.fold_padding import FoldPadding
+from qcompile.passes.fuse_float import FuseFloat
 from qcompile.passes.fuse_requantize import FuseRequantize
 from qcompile.passes.insert_observers import InsertObservers
+from qcompile.passes.keep_float import KeepFloat
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.quantize_linear_weights import QuantizeLinearWeights
 from qcompile.passes.round_weights import RoundWeights
@@ -111,6 +113,7 @@ def default_pipeline(config: QuantConfig | None = None) -> Pipeline:
             FuseRequantize(),
             FoldPadding(),
             QuantizeLinearWeights(),
+            FuseFloat(),
         )
     )
     return _with_entry_points(pipeline)
@@ -129,6 +132,13 @@ def _with_entry_points(pipeline: Pipeline, *, all_must_join: bool = True) -> Pip
             )
         pipeline = pipeline.after(str(step.joins_after), step) if joins else pipeline
     return pipeline
+
+
+def float_pipeline(numerics: str) -> Pipeline:
+    """Float to code without integers: in "float32", or with the factors of convolutions and linear layers, and what
+    they compute for each other, rounded to "bfloat16". It needs no calibration."""
+    reason = f"numerics={numerics!r} is for the whole model"
+    return Pipeline((Canonicalize(), FoldBatchnorm(), KeepFloat(reason), FuseFloat(numerics)))
 
 
 def _place(entry: EntryPoint) -> str:

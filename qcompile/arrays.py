@@ -11,16 +11,14 @@ import numpy as np
 from qcompile.errors import CalibrationError, InputError, QcompileError
 
 
-def read_model(model: Path, calibration: Path | None, batch: int | None) -> tuple[Any, list[tuple[Any, ...]] | None]:
-    """The exported program, and its calibration batches if there are any."""
+def read_model(model: Path, batch: int | None, *data: Path | None) -> tuple[Any, ...]:
+    """The exported program, and the batches that each file of `data` holds, None for none."""
     from qcompile.exported import example_batch, load_exported
 
     program = load_exported(model)
-    if calibration is None:
-        return program, None
-    samples = read_arrays(calibration, CalibrationError)
     names = list(program.graph_signature.user_inputs)
-    return program, _batches(samples, batch or example_batch(program), names, calibration)
+    size = batch or example_batch(program)
+    return program, *(path and _batches(read_arrays(path, CalibrationError), size, names, path) for path in data)
 
 
 def read_data(program: Any, path: Path, batch: int | None, labels: str | None) -> list[Any]:

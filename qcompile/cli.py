@@ -79,6 +79,11 @@ def compile_command(
     activations: Annotated[str, typer.Option(help="static; or, for linear layers, dynamic or float")] = "static",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
     tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="leave layers in float until so many top labels differ at most, such as 0.01")
+    ] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="inputs to count that on: .npz, as for calibration")] = None,
+    numerics: Annotated[str, typer.Option(help="int8, or for the whole model bfloat16 or float32")] = "int8",
     threads: Threads = None,
 ) -> None:
     """Compile a float model to int8 machine code."""
@@ -87,20 +92,25 @@ def compile_command(
     from qcompile.tuning import Tuning
 
     config = QuantConfig(preset=preset, weight_bits=weight_bits, activations=activations)
-    program, batches = read_model(model, calibration, batch)
+    program, batches, held_out = read_model(model, batch, calibration, evaluation)
     known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:
         compiled = compile(
             program,
             target,
             calibration=batches,
-            config=config,
+            config=None if config == QuantConfig() else config,
             tuning=known,
             strict=strict,
             threads=threads,
             progress=progress,
+            max_accuracy_drop=max_accuracy_drop,
+            evaluation=held_out,
+            numerics=numerics,
         )
     compiled.save(output)
+    if compiled.choices is not None:
+        out.print(compiled.choices.table())
     counts = _counts(compiled.coverage)
     out.print(f"{output}: {output.stat().st_size:,} bytes for {compiled.target}; {counts}", highlight=False)
 
@@ -120,7 +130,7 @@ def export_command(
     from qcompile.quantizer import quantize
 
     config = QuantConfig(preset=preset)
-    program, batches = read_model(model, calibration, batch)
+    program, batches = read_model(model, batch, calibration)
     with _progress() as progress:
         quantized = quantize(program, calibration=batches, config=config, progress=progress)
     export_onnx(quantized, output, activations=activations)  # type: ignore[arg-type]
@@ -166,7 +176,7 @@ def evaluate(
         if calibration is None:
             program, layers = load_exported(model), 0
         else:
-            program, batches = read_model(model, calibration, batch)
+            program, batches = read_model(model, batch, calibration)
             assert batches is not None
             config = QuantConfig(preset=preset)
             loaded = with_layers(loaded, program, batches, config=config, threads=threads, progress=progress)
@@ -209,7 +219,7 @@ def tune(
     from qcompile.tuning import Tuning
 
     where, tuning = get(target), Tuning(database, device=device)
-    program, batches = read_model(model, calibration, batch)
+    program, batches = read_model(model, batch, calibration)
     found: list[Any] = []
     try:
         with _progress() as progress:
@@ -336,8 +346,9 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
 
 def _counts(coverage: Sequence[Any]) -> str:
     kinds = [row.kind for row in coverage]
-    known = ("integer", *(("weight-only",) if "weight-only" in kinds else ()), "float", "shape")
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in known)
+    always = ("integer", "float", "shape")
+    known = ("integer", "weight-only", "float", "bfloat16", "shape")
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in known if kind in always or kind in kinds)
 
 
 def _interface(artifact: Artifact) -> list[tuple[str, ...]]:

@@ -17,20 +17,25 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from qcompile import mixed
 from qcompile.artifact import Artifact, CoverageRow, Golden, PassRow, TensorSpec, Variant
 from qcompile.checks import InputChecker
+from qcompile.choices import Choices
 from qcompile.config import QuantConfig
 from qcompile.device import lacks
-from qcompile.errors import DeviceError, StrictError
+from qcompile.errors import ConfigError, DeviceError, StrictError
 from qcompile.executable import OWNER
 from qcompile.ir import Program, shape_of
 from qcompile.manager import PassRecord
-from qcompile.passes import Pipeline
+from qcompile.metrics import Agreement, Checked, Metric
+from qcompile.ops.real import BFLOAT16, NUMERICS
+from qcompile.passes import Pipeline, float_pipeline
 from qcompile.passes.base import Progress
 from qcompile.profiling import Profile, profile
-from qcompile.quantizer import QuantizedModel, Recipe, quantize
+from qcompile.quantizer import QuantizedModel, Recipe, prepared, run_passes
 from qcompile.runtime import Model
 from qcompile.sites import COVERS
+from qcompile.stages import Stages
 from qcompile.targets import Target, get
 from qcompile.targets.build import build
 from qcompile.targets.capability import objection
@@ -42,6 +47,12 @@ FLOAT_TOLERANCE = 1e-3
 """Where operators stayed float, how far a device's outputs may be from the reference's, as a part of
 the largest magnitude: float sums may be taken in another order."""
 
+BFLOAT16_TOLERANCE = 2.0**-4
+"""The same where they compute in bfloat16: a sum in another order may be rounded to the other of two neighbours, which
+are 2^-8 apart, and every layer adds such differences to those before it. Networks of fifty layers came to 2^-6."""
+
+TOLERANCE = {"float": FLOAT_TOLERANCE, BFLOAT16: BFLOAT16_TOLERANCE}  # by the kind of a row of the ledger
+
 LARGE_GOLDEN = 4 << 20
 """Bytes of inputs from which on an artifact has one golden case instead of two."""
 
@@ -52,7 +63,10 @@ class CompiledModel(Model):
     Attributes:
         program: the integer graph.
         recipe: how the program was made of the float model, where that is known.
+        choices: the layers that a search left in float, and what it reached; None without one.
     """
+
+    choices: Choices | None = None
 
     def __init__(
         self,
@@ -131,6 +145,10 @@ def compile(
     strict: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    max_accuracy_drop: float | None = None,
+    metric: Metric | None = None,
+    evaluation: Iterable[Any] | None = None,
+    numerics: str = "int8",
 ) -> CompiledModel:
     """Compile a float model to int8 machine code.
 
@@ -148,6 +166,13 @@ def compile(
         strict: refuse a model in which an operator would stay float.
         threads: how many a call uses; default: all cores.
         progress: called with (step, done, total or None) during long work.
+        max_accuracy_drop: leave layers in float until the metric is at most so much lower than the float model's;
+            `compiled.choices` lists them. It may not be reached: then there is an `AccuracyWarning`.
+        metric: called with a function that stands for the model; returns a number, the larger the better. Default:
+            how often the top label is the float model's, on `evaluation`.
+        evaluation: an iterable of inputs that calibration does not use, for the default metric.
+        numerics: of the whole model: "int8", or without quantization "bfloat16" (factors and results of convolutions
+            and linear layers are rounded to it, sums are float32) or "float32"; these need no calibration.
 
     Returns:
         A callable: torch tensors in and out, or NumPy arrays in and out.
@@ -155,18 +180,41 @@ def compile(
     Raises:
         QcompileError: every mistake has its subclass, see `qcompile.errors`.
     """
-    where = target if isinstance(target, Target) else get(str(target))
-    quantized = quantize(
-        model,
-        example_inputs=example_inputs,
-        calibration=calibration,
-        dynamic_shapes=dynamic_shapes,
-        config=config,
-        pipeline=pipeline,
-        objection=objection(where),
-        progress=progress,
+    where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
+    mixed.check(max_accuracy_drop, metric, evaluation, strict)
+    pipeline = chosen_pipeline(numerics, config, pipeline, max_accuracy_drop)
+    start = prepared(model, example_inputs, calibration, dynamic_shapes, config, pipeline, objection(where), progress)
+    finish = partial(compile_program, target=where, tuning=tuning, strict=strict, threads=threads)
+    if max_accuracy_drop is None:
+        return finish(run_passes(*start, dynamic_shapes=dynamic_shapes), progress=progress)
+    held_to = Checked(metric if metric is not None else Agreement(evaluation, start[0]))
+    compiled, choices = mixed.search(
+        Stages(*start, dynamic_shapes), held_to, max_accuracy_drop, where, finish, progress
     )
-    return compile_program(quantized, where, tuning=tuning, strict=strict, threads=threads, progress=progress)
+    compiled.choices = choices
+    return compiled
+
+
+def chosen_pipeline(
+    numerics: str, config: QuantConfig | None, pipeline: Pipeline | None, max_accuracy_drop: float | None
+) -> Pipeline | None:
+    """The pipeline for `numerics`; None for the default one.
+
+    Raises:
+        ConfigError: there are no such numerics, or something that is for int8 is given with others.
+    """
+    if numerics == "int8":
+        return pipeline
+    if numerics not in NUMERICS:
+        raise ConfigError(f"unknown numerics {numerics!r}", where="numerics", remedy=f"use int8, {', '.join(NUMERICS)}")
+    for name, value in (("config", config), ("max_accuracy_drop", max_accuracy_drop)):
+        if value is not None:
+            raise ConfigError(
+                f"{name} is given, but with numerics={numerics!r} nothing is quantized",
+                where=name,
+                remedy=f"leave {name} or numerics out",
+            )
+    return float_pipeline(numerics) if pipeline is None else pipeline
 
 
 def compile_program(
@@ -195,7 +243,7 @@ def compile_program(
         coverage=coverage,
         passes=pass_rows(quantized.passes),
         toolchain={name: version(name) for name in ("qcompile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")},
-        tolerance=FLOAT_TOLERANCE if any(row.kind == "float" for row in coverage) else 0.0,
+        tolerance=max(TOLERANCE.get(row.kind, 0.0) for row in coverage) if coverage else 0.0,
     )
     artifact = artifact._replace(golden=golden_cases(program))
     return CompiledModel(artifact, program, target, threads=threads, chosen=chosen, recipe=quantized.recipe)

@@ -46,6 +46,10 @@ class CalibrationWarning(UserWarning):
     """There is so little calibration data that the quantization depends on its chance."""
 
 
+class AccuracyWarning(UserWarning):
+    """A search for accuracy did not reach what it was asked for; its result is the best that was found."""
+
+
 class ConfigError(QcompileError):
     """A configuration contradicts itself or names something that does not exist."""
 

@@ -78,7 +78,7 @@ class LedgerRow:
 
     op: str  # the ATen operator
     node: str  # the graph node, stable across the run
-    kind: str  # "integer", "weight-only" (integer weights, exact float arithmetic), "float" or "shape"
+    kind: str  # "integer", "weight-only" (integer weights, exact float arithmetic), "float", "bfloat16" or "shape"
     kernel: str  # the integer operator or kernel that computes it; "" where there is none yet
     reason: str  # why it is float, or what its weights are; "" for integer and shape
     where: str = ""  # the module path in the user's model

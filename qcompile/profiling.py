@@ -18,9 +18,10 @@ from torch import fx
 
 from qcompile.errors import ConfigError
 from qcompile.ir import Program, shape_of, where
+from qcompile.ops.real import OPS
 
 q = torch.ops.qcompile
-_WEIGHTED = (q.conv2d.default, q.conv1d.default, q.linear.default)
+_WEIGHTED = (q.conv2d.default, q.conv1d.default, q.linear.default, *OPS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class ProfileRow:
         seconds: the median of a call.
         macs: multiply-accumulates of its convolution or linear layer, else 0.
         share_of_peak: of the machine's dot-product peak; None without a peak or without multiplications.
+        node: of the integer graph; "" for the float function.
     """
 
     op: str
@@ -42,6 +44,7 @@ class ProfileRow:
     seconds: float
     macs: int
     share_of_peak: float | None
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def profile(
         macs = multiply_accumulates(node, sizes) if computes else 0
         share = macs / taken / peak if macs and peak else None
         operator = node.name if node.op != "call_function" else str(node.target).split(".")[1]
-        rows.append(ProfileRow(operator if computes else "copy", where(node), kernel, taken, macs, share))
+        rows.append(ProfileRow(operator if computes else "copy", where(node), kernel, taken, macs, share, name))
     return Profile(tuple(rows), peak)
 
 

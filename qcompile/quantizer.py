@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qcompile.batches import Batches
@@ -17,7 +17,7 @@ from qcompile.capture import capture
 from qcompile.config import QuantConfig
 from qcompile.errors import CalibrationError, ConfigError, PipelineError, TargetError
 from qcompile.inputs import arrange, is_empty, unflatten
-from qcompile.ir import LedgerRow, Program, Property, source
+from qcompile.ir import LedgerRow, Program, Property, Stage, source
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
 from qcompile.passes import Context, Pipeline, default_pipeline, qdq_pipeline
 from qcompile.passes.base import Objection, Pass, Progress
@@ -47,7 +47,7 @@ class QuantizedModel:
     Attributes:
         program: the integer graph, its inputs and its ledger.
         passes: what each pass did.
-        recipe: how the program was made of a float model; None of a trained one.
+        recipe: how the program was made of a float model; None of a trained one, or one that was quantized elsewhere.
     """
 
     program: Program
@@ -65,8 +65,17 @@ class QuantizedModel:
         Raises:
             InputError: an input is missing or is no tensor.
         """
-        flat = arrange(args, kwargs, [spec.name for spec in self.program.inputs])
-        return unflatten(self.program.output_structure, self.program(*flat))
+        return call(self.program, self.program, args, kwargs)
+
+
+def call(program: Program, run: Callable[..., Sequence[Tensor]], args: Any, kwargs: Any) -> Any:
+    """`run`, which takes and returns the flat tensors of `program`, on inputs as the model takes them.
+
+    Raises:
+        InputError: an input is missing or is no tensor.
+    """
+    flat = arrange(args, kwargs, [spec.name for spec in program.inputs])
+    return unflatten(program.output_structure, run(*flat))
 
 
 def quantize(
@@ -105,6 +114,40 @@ def quantize(
     Raises:
         CaptureError, CalibrationError, ConfigError, PipelineError, PassError, QuantizationError, TargetError
     """
+    program, context, passes = prepared(
+        model, example_inputs, calibration, dynamic_shapes, config, pipeline, objection, progress
+    )
+    context.rewrite_limit = rewrite_limit
+    return run_passes(program, context, passes, dump, dynamic_shapes)
+
+
+def run_passes(
+    program: Program,
+    context: Context,
+    passes: tuple[Pass, ...],
+    dump: str | Path | Dump | None = None,
+    dynamic_shapes: Any = None,
+) -> QuantizedModel:
+    """What becomes of a `prepared` program."""
+    recipe = None
+    if program.stage is Stage.FLOAT:
+        recipe = Recipe(passes, context.config, dynamic_shapes, context.objection, context.rewrite_limit)
+    with torch.no_grad():
+        records = PassManager(passes, dump).run(program, context)
+    return QuantizedModel(program, records, recipe)
+
+
+def prepared(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None,
+    dynamic_shapes: Any,
+    config: QuantConfig | None,
+    pipeline: Pipeline | None,
+    objection: Objection | None,
+    progress: Progress | None,
+) -> tuple[Program, Context, tuple[Pass, ...]]:
+    """The captured program, and the passes with their context, all checked; arguments as of `quantize`."""
     if isinstance(model, QatModel):
         _refuse_twice(
             example_inputs=example_inputs,
@@ -113,49 +156,34 @@ def quantize(
             config=config,
             pipeline=pipeline,
         )
-        program, passes = model.freeze(), model.rest
-        context = Context(model.config, None, progress, rewrite_limit, objection)
+        program = model.freeze()
         _check_capability(program, objection)
-        recipe = None
-    else:
-        program, context = begin(model, example_inputs, calibration, dynamic_shapes, config, objection, progress)
-        context.rewrite_limit = rewrite_limit
-        if pipeline is None:
-            given = Property.GIVEN_QDQ in program.properties
-            pipeline = qdq_pipeline() if given else default_pipeline(context.config)
-        passes = tuple(pipeline)
-        recipe = Recipe(passes, context.config, dynamic_shapes, objection, rewrite_limit)
-    check_end(passes, program)
-    with torch.no_grad():
-        records = PassManager(passes, dump).run(program, context)
-    return QuantizedModel(program, records, recipe)
-
-
-def begin(
-    model: nn.Module | ExportedProgram,
-    example_inputs: Any,
-    calibration: Iterable[Any] | None,
-    dynamic_shapes: Any,
-    config: QuantConfig | None,
-    objection: Objection | None,
-    progress: Progress | None,
-) -> tuple[Program, Context]:
-    """The captured program of `model`, and what its passes share. Arguments as for `quantize`."""
+        check_end(model.rest, program)
+        return program, Context(model.config, progress=progress, objection=objection), model.rest
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
     has_example = not is_empty(example_inputs) or isinstance(model, ExportedProgram)
-    if calibration is None and not has_example:
+    if calibration is None and not has_example and (pipeline is None or _calibrates(pipeline)):
         raise _no_calibration()
     batches = None if calibration is None else Batches(calibration)
     if batches is not None and not has_example:
         example_inputs = batches.first()
     program = capture(model, example_inputs, dynamic_shapes)
-    if Property.GIVEN_QDQ in program.properties:
+    given = Property.GIVEN_QDQ in program.properties
+    if given:
         _check_given(config, batches)
-    elif batches is None and config.activations == "static":
+    if pipeline is None:
+        pipeline = qdq_pipeline() if given else default_pipeline(config)
+    if batches is None and config.activations == "static" and _calibrates(pipeline):
         raise _no_calibration()
-    return program, Context(config, batches, progress, objection=objection)
+    passes = tuple(pipeline)
+    check_end(passes, program)
+    return program, Context(config, batches, progress, objection=objection), passes
+
+
+def _calibrates(pipeline: Iterable[Pass]) -> bool:
+    return any(Property.CALIBRATED in step.establishes for step in pipeline if isinstance(step, Pass))
 
 
 def check_end(passes: tuple[Pass, ...], program: Program) -> None:

@@ -13,10 +13,10 @@ from qcompile.config import QuantConfig
 from qcompile.errors import ConfigError, PipelineError
 from qcompile.ir import Property
 from qcompile.manager import PassManager, check_order
-from qcompile.passes import Pipeline, default_pipeline
+from qcompile.passes import Pipeline
 from qcompile.passes.base import Progress
 from qcompile.qat import QatModel
-from qcompile.quantizer import begin, check_end
+from qcompile.quantizer import prepared
 from qcompile.targets import Target, get
 from qcompile.targets.capability import objection
 
@@ -56,9 +56,9 @@ def prepare_qat(
     if scales not in SCALES:
         raise ConfigError(f"unknown scales {scales!r}", where="scales", remedy=f"use one of {', '.join(SCALES)}")
     where = target if isinstance(target, Target) else get(str(target))
-    program, context = begin(model, example_inputs, calibration, dynamic_shapes, config, objection(where), progress)
-    passes = tuple(pipeline if pipeline is not None else default_pipeline(context.config))
-    check_end(passes, program)
+    program, context, passes = prepared(
+        model, example_inputs, calibration, dynamic_shapes, config, pipeline, objection(where), progress
+    )
     last = next(i for i, step in enumerate(passes) if Property.INTEGER in step.establishes)
     if Property.QDQ not in check_order(passes[:last], program.properties):
         raise PipelineError(

@@ -44,6 +44,28 @@ class DotProduct:
 
 
 @dataclass(frozen=True)
+class Products:
+    """One way to multiply-accumulate real numbers: a 32-bit word of activations into each float32 lane.
+
+    Attributes:
+        name: as kernels report it.
+        depth: how many products a word holds: 1 of float32, 2 of bfloat16.
+        pack: (..., depth) float32 weights -> (...) words, float32 or int32.
+        accumulate: (acc, the activations' word in every lane as int32, weights' words, lanes) -> acc.
+        cycles, planes: as of `DotProduct`.
+        calls: LLVM IR of the functions that it calls, where TVM's own types cannot express them.
+    """
+
+    name: str
+    depth: int
+    pack: Callable[[np.ndarray], np.ndarray]
+    accumulate: Callable[[Any, Any, Any, int], Any]
+    cycles: float = 1
+    planes: int = 1
+    calls: str = ""
+
+
+@dataclass(frozen=True)
 class Narrow:
     """One way to turn several int32 vectors into one vector of stored bytes.
 
@@ -90,6 +112,7 @@ class InstructionSet:
         narrows: ways to store several vectors at once, largest first; what is left is stored one by one.
         tap_dots: exact dot products at each width, widest first; empty where it has none.
         lookup: (table of 16 float32, 16 int32) -> the entries that the low four bits choose; None where it has none.
+        bfloat16: multiplies bfloat16 in one instruction; None where it takes float32's.
         l1_bytes, l2_bytes: caches of one core, for choosing tiles and the loop order.
     """
 
@@ -100,6 +123,7 @@ class InstructionSet:
     narrows: tuple[Narrow, ...] = ()
     tap_dots: tuple[TapDot, ...] = ()
     lookup: Callable[[Any, Any], Any] | None = None
+    bfloat16: Products | None = None
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
 

@@ -23,6 +23,7 @@ from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.decompose import decomposed
 from qcompile.targets.decompositions import OWN
 from qcompile.targets.float_kernels import CONVERSIONS, argument, dtype_of
+from qcompile.targets.real_lower import real_tensor
 
 if TYPE_CHECKING:
     from qcompile.targets.lower import Lowering
@@ -152,7 +153,7 @@ class FloatOps:
             return relax.const(value.contiguous().numpy(), str(value.dtype).removeprefix("torch."))
         if isinstance(node.meta.get("val"), (torch.SymInt, int)):
             return self.low.dim(node.meta["val"], node)
-        return self.low.values[node].expr
+        return real_tensor(self.low, node)
 
     @contextmanager
     def _promoted(self, node: fx.Node) -> Iterator[None]:

@@ -20,6 +20,7 @@ from tvm import relax, tirx
 
 from qcompile.errors import BuildError
 from qcompile.ir import Program, constant, is_tensor, source, where
+from qcompile.ops.real import OPS
 from qcompile.targets.base import Target
 from qcompile.targets.constants import POOLS, Pool
 from qcompile.targets.cpu.copy import Take, copied, gather, identity
@@ -30,10 +31,12 @@ from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.float_ops import FloatOps
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, innermost, product, relabel
 from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
+from qcompile.targets.real_lower import real_tensor
+from qcompile.targets.real_plan import PlannedReal, plan_real
 from qcompile.targets.workload import Chosen, Workload
 
 q = torch.ops.qcompile
-GIVES_FLOATS = frozenset({q.dequantize.default, q.linear_dynamic.default, q.linear_weight_only.default})
+GIVES_FLOATS = frozenset({q.dequantize.default, q.linear_dynamic.default, q.linear_weight_only.default, *OPS})
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Lowering:
     symbols: dict[sympy.Symbol, tirx.Var] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[Dim, ...]] = field(default_factory=dict)
     planned: dict[fx.Node, Planned] = field(default_factory=dict)
+    planned_real: dict[fx.Node, PlannedReal] = field(default_factory=dict)
     copies: dict[Any, Value] = field(default_factory=dict)
     chosen: Chosen = field(default_factory=dict)
     workloads: dict[tuple[str, str], Workload] = field(default_factory=dict)
@@ -310,6 +314,7 @@ def lower(
         if is_tensor(node):
             low.shapes[node] = tuple(low.dim(s, node) for s in node.meta["val"].shape)
     low.planned = plan(program.graph, low.shapes)
+    low.planned_real = plan_real(program.graph, low.shapes, target.isa.lanes)
     inputs = [
         relax.Var(n.name, relax.TensorType(low.shape(n), str(n.meta["val"].dtype).removeprefix("torch.")))
         for n in program.placeholders()
@@ -354,6 +359,8 @@ def _output(low: Lowering, node: fx.Node) -> relax.Expr:
         held = low.real(relax.const(low.tensor(node), dtype), dtype)
         return low.shaped(low.call(node, copied(low.shape(node), dtype), [held], None, dtype).expr, low.shape(node))
     value = low.values[node]
+    if node in low.planned_real:
+        return real_tensor(low, node)
     if value.layout is None:
         return (
             value.expr if len(value.expr.ty.shape) == len(low.shape(node)) else low.shaped(value.expr, low.shape(node))

@@ -59,8 +59,11 @@ def names() -> list[str]:
     return ["native", *_table()]
 
 
-def get(name: str) -> Target:
+def get(name: str, bfloat16: bool = False) -> Target:
     """The target called `name`; "native" is the best one that this machine can run.
+
+    Args:
+        bfloat16: whether the best one is one that multiplies bfloat16, where there is one.
 
     Raises:
         TargetError: no target has this name, or one that is installed cannot be loaded.
@@ -75,7 +78,7 @@ def get(name: str) -> Target:
                 f"no target fits this machine ({architecture}: {', '.join(sorted(features)) or 'no known features'})",
                 remedy=f"compile for another machine: {', '.join(table)}",
             )
-        return max(able, key=lambda t: t.rank)
+        return max(able, key=lambda t: (bfloat16 and t.isa.bfloat16 is not None, t.rank))
     if name not in table:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import DotProduct, InstructionSet, Narrow, TapDot, Target
+from qcompile.targets.base import DotProduct, InstructionSet, Narrow, Products, TapDot, Target
+from qcompile.targets.cpu.products import pairs
 
 
 def _llvm(dtype: str, intrinsic: str, *args: Any) -> Any:
@@ -27,6 +29,25 @@ VPDPBUSD = DotProduct(
     pack=_flat,
     prepare=lambda four: (T.reinterpret("uint8x64", T.broadcast(four, 16)),),
     accumulate=lambda acc, x, w: _llvm("int32x16", "llvm.x86.avx512.vpdpbusd.512", acc, x[0], w[0]),
+)
+
+
+# In LLVM IR, because TVM has no type for 32 bfloat16 in a register. It flushes subnormal numbers, and rounds sums to
+# nearest even whatever the rounding mode.
+VDPBF16PS = Products(
+    name="vdpbf16ps",
+    depth=2,
+    pack=pairs,
+    accumulate=lambda acc, x, w, lanes: T.call_pure_extern("float32x16", "qcompile_vdpbf16ps", acc, x, w),
+    calls="""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define internal <16 x float> @qcompile_vdpbf16ps(<16 x float> %acc, <16 x i32> %x, <16 x i32> %w) alwaysinline {
+  %a = bitcast <16 x i32> %x to <32 x bfloat>
+  %b = bitcast <16 x i32> %w to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %r
+}
+""",
 )
 
 
@@ -133,6 +154,7 @@ AVX512_VNNI = InstructionSet(
     ),
     lookup=lambda table, index: _llvm("float32x16", "llvm.x86.avx512.permvar.sf.512", table, index),
 )
+AVX512_BF16 = replace(AVX512_VNNI, bfloat16=VDPBF16PS)
 AVX2 = InstructionSet(
     "uint8",
     lanes=8,
@@ -157,6 +179,20 @@ TARGETS = (
         isa=AVX512_VNNI,
         linkers=_LINKERS,
         rank=30,
+    ),
+    Target(
+        name="x86-avx512-bf16",
+        machine="x86_64",
+        features=("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512bf16"),
+        tvm={
+            "kind": "llvm",
+            "mtriple": "x86_64-linux-gnu",
+            "mcpu": "cooperlake",
+            "mattr": ["-prefer-256-bit"],
+        },
+        isa=AVX512_BF16,
+        linkers=_LINKERS,
+        rank=20,  # where bfloat16 is not asked for, "native" is the target whose kernels are tuned
     ),
     Target(
         name="x86-avx2",

@@ -155,6 +155,24 @@ def test_dynamic_activations_need_no_calibration(exported: Path, tmp_path: Path)
     assert "no calibration data" in result.output
 
 
+def test_compile_searches_for_layers_to_leave_in_float(exported: Path, tmp_path: Path) -> None:
+    for name, seed in (("data", 0), ("held_out", 1)):
+        images = np.random.default_rng(seed).standard_normal((16, 3, 8, 8)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", images=images)
+    data = "--calibration", tmp_path / "data.npz", "--evaluation", tmp_path / "held_out.npz"
+    result = qcompile("compile", exported, *data, "--max-accuracy-drop", 0.0, "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 0, result.output
+    assert "metric 1 (float 1" in result.output
+    assert load(tmp_path / "net.qcm").selftest().passed
+
+
+def test_compile_to_bfloat16_needs_no_data(exported: Path, tmp_path: Path) -> None:
+    result = qcompile("compile", exported, "--numerics", "bfloat16", "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 0, result.output
+    assert "bfloat16" in result.output
+    assert load(tmp_path / "net.qcm").selftest().passed
+
+
 def test_calibration_arrays_must_have_equal_lengths(exported: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", a=np.ones((4, 3, 8, 8), np.float32), b=np.ones((5, 1), np.float32))
     result = qcompile("compile", exported, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "net.qcm")

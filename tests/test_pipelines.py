@@ -26,6 +26,7 @@ NAMES = (
     "fuse_requantize",
     "fold_padding",
     "quantize_linear_weights",
+    "fuse_float",
 )
 
 
@@ -54,16 +55,16 @@ class Other(Nothing):
 def test_the_default_pipeline_goes_from_float_to_integer() -> None:
     assert default_pipeline().names == NAMES
     assert default_pipeline(qcompile.QuantConfig(observer="percentile")).names == NAMES
-    assert len(default_pipeline()) == 8
+    assert len(default_pipeline()) == len(NAMES)
 
 
 def test_a_pass_goes_before_after_or_in_the_place_of_another() -> None:
     pipeline, step = default_pipeline(), Nothing()
     assert pipeline.before("canonicalize", step).names == ("nothing", *NAMES)
     assert pipeline.after("canonicalize", step).names == (NAMES[0], "nothing", *NAMES[1:])
-    assert pipeline.after("quantize_linear_weights", step).names == (*NAMES, "nothing")
-    assert pipeline.replace("quantize_linear_weights", step).names == (*NAMES[:-1], "nothing")
-    assert pipeline.without("quantize_linear_weights").names == NAMES[:-1]
+    assert pipeline.after("fuse_float", step).names == (*NAMES, "nothing")
+    assert pipeline.replace("fuse_float", step).names == (*NAMES[:-1], "nothing")
+    assert pipeline.without("fuse_float").names == NAMES[:-1]
 
 
 def test_an_edit_leaves_the_pipeline_itself_alone() -> None:

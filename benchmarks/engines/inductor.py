@@ -26,7 +26,7 @@ class Inductor(Engine):
         return None if shutil.which("g++") else "inductor needs a C++ compiler, and there is no g++"
 
     def prepare(self, source: Source) -> Path:
-        return _compile(source.program, source.folder / "inductor.pt2")
+        return compile_ahead(source.program, source.folder / "inductor.pt2")
 
 
 class InductorInt8(Inductor):
@@ -53,7 +53,7 @@ class InductorInt8(Inductor):
                 observed(torch.from_numpy(x))
             quantized = convert_pt2e(observed)
             _refuse_float(quantized)
-            return _compile(torch.export.export(quantized, example), source.folder / "inductor.int8.pt2")
+            return compile_ahead(torch.export.export(quantized, example), source.folder / "inductor.int8.pt2")
 
 
 def _refuse_float(quantized: Any) -> None:
@@ -65,7 +65,8 @@ def _refuse_float(quantized: Any) -> None:
         raise RuntimeError(f"X86InductorQuantizer quantized only {found}")
 
 
-def _compile(program: Any, path: Path) -> Path:
+def compile_ahead(program: Any, path: Path) -> Path:
+    """Write the package of an exported program to `path`."""
     from torch._inductor import aoti_compile_and_package, config
 
     with config.patch({"freezing": True, "cpp.dynamic_threads": True}):

@@ -27,9 +27,9 @@ from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.emit import Kernel, Registers, function, load, store
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
-from qcompile.targets.cpu.tasks import split, split_row
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
-from qcompile.targets.layout import Dim, align
+from qcompile.targets.cpu.walk import walk
+from qcompile.targets.layout import align
 
 UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body
 
@@ -165,16 +165,10 @@ def _build(
     lanes, rows, vectors = isa.lanes, config.rows, config.vectors
     blocks, kh, kw, fours = packed.data.shape[:4]
     block = vectors * lanes
-    batch, height, width = shape.y.extents
     element = packed.data.shape[-1]
     panel_size = vectors * dot.planes * element  # elements of weight per (tap, k)
-    lines: Dim = batch * height
-    one_line = isinstance(lines, int) and lines == 1
     row = shape.joined * shape.x.channels
     overlapping = shape.joined > 1 and row % 4 != 0  # the last two groups of four
-    # One long row is cut into tiles across threads; otherwise a thread takes whole image rows.
-    full = width // rows
-    rest = width % rows if isinstance(width, int) else None
     with function("conv") as (args, done):
         x = args.buffer("x", shape.x.size, isa.storage)
         residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
@@ -231,21 +225,7 @@ def _build(
                         value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, steps, other)
                     store(y, shape.y.offset(n, h, w + i, channel), value, size)
 
-        if one_line:
-            split_row(width, rows, blocks, config.channels_outer, lambda w, b, count: tile(0, 0, w, b, count))
-        else:
-
-            def line(t: Any, b: Any) -> None:
-                n, h = T.floordiv(t, height), T.floormod(t, height)
-                with T.serial(0, full) as i:
-                    tile(n, h, i * rows, b, rows)
-                if rest:
-                    tile(n, h, full * rows, b, rest)
-                elif rest is None:
-                    with T.serial(0, width - full * rows) as i:
-                        tile(n, h, full * rows + i, b, 1)
-
-            split(lines, blocks, config.channels_outer, line)
+        walk(shape.y, rows, blocks, config.channels_outer, tile)
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
 

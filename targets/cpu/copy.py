@@ -19,8 +19,9 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.elementwise import launch
-from qcompile.targets.cpu.emit import Kernel, function, llvm, load, splat, store, vector_type, widen
-from qcompile.targets.layout import Dim, Layout, dense, product
+from qcompile.targets.cpu.emit import Kernel, fill, function, llvm, load, splat, store, vector_type, widen
+from qcompile.targets.cpu.real import clear_halo, narrow, to_real
+from qcompile.targets.layout import Dim, Layout, product
 
 Convert = Callable[[Any, int], Any]  # (value, lanes) -> value of the destination's type
 
@@ -206,31 +207,59 @@ def _to_int(value: Any, inv_scale: Any, ints: Any, reals: Any, lanes: int) -> An
     return llvm("int32", lanes, "llvm.lrint", clamped) + splat(ints[0], lanes)
 
 
+def moved(x: Layout, y: Layout, types: tuple[str, str], symbols: tuple[tirx.Var, ...] = ()) -> Kernel:
+    """The kernel y = x of real numbers: in another layout and perhaps type. Zero in the halo, and beyond the channels
+    of x."""
+
+    def convert(value: Any, lanes: int) -> Any:
+        return value if types[0] == types[1] else narrow(to_real(value, types[0], lanes), types[1], lanes)
+
+    with function("move") as (args, done):
+        source = args.buffer("x", x.size, types[0])
+        args.symbols(symbols)
+        out = args.buffer("y", y.size, types[1])
+        clear(out, y, types[1])
+        move(source, x, out, y, identity(x.shape, y.shape), convert, 16)
+    return Kernel("move", done.result)
+
+
+def clear(buffer: Any, layout: Layout, dtype: str) -> None:
+    """Zeros where no real value will be written."""
+    channels = layout.shape[_inner_dim(layout)] if layout.shape else 1
+    if str(channels) == str(layout.pitch):  # either may be an expression
+        clear_halo(buffer, layout, dtype)
+    else:
+        fill(buffer, 0, layout.size, T.cast(T.int32(0), dtype))
+
+
 def quantize(
-    x_shape: tuple[Dim, ...],
+    x: Layout,
+    dtype: str,
     y: Layout,
     inv_scale: float,
     zero_point: int,
     isa: InstructionSet,
     symbols: tuple[tirx.Var, ...] = (),
 ) -> Kernel:
-    """The kernel float32 (dense, logical order) -> stored activation."""
+    """The kernel real activation (`dtype`: how it is stored) -> stored activation."""
     numbers = epilogue.Requantize(zero_point)
     integers, floats = numbers.integers(isa), numbers.floats()
     floats[3] = np.float32(inv_scale)
     with function("quantize") as (args, done):
-        source = args.buffer("x", product(x_shape), "float32")
+        source = args.buffer("x", x.size, dtype)
         ints, reals = args.constants(integers=integers, floats=floats)
         args.symbols(symbols)
         out = args.buffer("y", y.size, isa.storage)
-        if y.channels_last and y.pitch <= 4 and len(x_shape) == 4 and isinstance(x_shape[3], int):
-            _interleave(source, x_shape, out, y, ints, reals, isa)
+        planes = not x.channels_last and dtype == "float32" and len(x.shape) == 4 and isinstance(x.shape[3], int)
+        if planes and y.channels_last and y.pitch <= 4:
+            _interleave(source, x.shape, out, y, ints, reals, isa)
         else:
 
             def convert(value: Any, lanes: int) -> Any:
-                return widen(_to_int(value, reals[3], ints, reals, lanes), isa.storage, lanes)
+                real = to_real(value, dtype, lanes)
+                return widen(_to_int(real, reals[3], ints, reals, lanes), isa.storage, lanes)
 
-            move(source, dense(x_shape), out, y, identity(x_shape, x_shape), convert, isa.lanes)
+            move(source, x, out, y, identity(x.shape, x.shape), convert, isa.lanes)
         epilogue.fill_halo(out, y, ints, isa)
     return Kernel("quantize", done.result, (integers, floats))
 
@@ -259,9 +288,15 @@ def _interleave(
 
 
 def dequantize(
-    x: Layout, scale: float, zero_point: int, isa: InstructionSet, symbols: tuple[tirx.Var, ...] = ()
+    x: Layout,
+    scale: float,
+    zero_point: int,
+    y: Layout,
+    dtype: str,
+    isa: InstructionSet,
+    symbols: tuple[tirx.Var, ...] = (),
 ) -> Kernel:
-    """The kernel stored activation -> float32 (dense, logical order)."""
+    """The kernel stored activation -> real activation (`dtype`: how it is stored)."""
     numbers = epilogue.Requantize(zero_point)
     integers, floats = numbers.integers(isa), numbers.floats()
     floats[3] = np.float32(scale)
@@ -269,10 +304,11 @@ def dequantize(
         source = args.buffer("x", x.size, isa.storage)
         ints, reals = args.constants(integers=integers, floats=floats)
         args.symbols(symbols)
-        out = args.buffer("y", product(x.shape), "float32")
+        out = args.buffer("y", y.size, dtype)
 
         def convert(value: Any, lanes: int) -> Any:
-            return epilogue.centre(value, ints[0], lanes) * splat(reals[3], lanes)
+            return narrow(epilogue.centre(value, ints[0], lanes) * splat(reals[3], lanes), dtype, lanes)
 
-        move(source, x, out, dense(x.shape), identity(x.shape, x.shape), convert, isa.lanes)
+        clear(out, y, dtype)
+        move(source, x, out, y, identity(x.shape, x.shape), convert, isa.lanes)
     return Kernel("dequantize", done.result, (integers, floats))

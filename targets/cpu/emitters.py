@@ -21,9 +21,12 @@ from qcompile.targets.cpu.depthwise_dot import DEPTHWISE_DOT
 from qcompile.targets.cpu.emitters_linear import FLOAT_LINEAR
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.layout import Layout, align
+from qcompile.targets.cpu.float_emitters import FLOAT_EMITTERS
+from qcompile.targets.layout import Layout, align, dense
 from qcompile.targets.lower import Lowering, Value
 from qcompile.targets.plan import PITCH, padding_of, takes_tight
+from qcompile.targets.real_lower import define_real, layout_of
+from qcompile.targets.real_plan import PlannedReal
 
 q, aten = torch.ops.qcompile, torch.ops.aten
 Emitter = Callable[[Lowering, fx.Node], None]
@@ -244,7 +247,8 @@ def _adaptive_avg_pool2d(low: Lowering, node: fx.Node) -> None:
 def _quantize(low: Lowering, node: fx.Node) -> None:
     x, inv_scale, zero_point = node.args
     kernel = copy.quantize(
-        low.shape(x),  # type: ignore[arg-type]
+        layout_of(low, x),  # type: ignore[arg-type]
+        low.values[x].dtype,  # type: ignore[index]
         low.layout(node),
         float(inv_scale),  # type: ignore[arg-type]
         int(zero_point),  # type: ignore[arg-type]
@@ -258,8 +262,20 @@ def _dequantize(low: Lowering, node: fx.Node) -> None:
     x, scale, zero_point = node.args
     value = low.values[x]  # type: ignore[index]
     (layout,) = _layouts([value])
-    kernel = copy.dequantize(layout, float(scale), int(zero_point), low.target.isa, low.symbol_args)  # type: ignore[arg-type]
-    low.define_real(node, kernel, [value])
+    real = low.planned_real.get(node) or PlannedReal(dense(layout.shape), "float32")
+    kernel = copy.dequantize(
+        layout,
+        float(scale),  # type: ignore[arg-type]
+        int(zero_point),  # type: ignore[arg-type]
+        real.layout,
+        real.dtype,
+        low.target.isa,
+        low.symbol_args,
+    )
+    if node in low.planned_real:
+        define_real(low, node, kernel, [value])
+    else:
+        low.define_real(node, kernel, [value])
 
 
 # --- operators that only move values ----------------------------------------------------------------
@@ -332,6 +348,7 @@ def _pad(low: Lowering, node: fx.Node) -> None:
 
 
 EMITTERS: dict[Any, Emitter] = {
+    **FLOAT_EMITTERS,
     q.quantize.default: _quantize,
     q.dequantize.default: _dequantize,
     q.conv2d.default: _convolution,

@@ -142,11 +142,16 @@ def _scaled(acc: Any, m: Any, integers: Any, floats: Any, lanes: int, residual: 
 
 def fill_halo(y: Any, layout: Layout, integers: Any, isa: InstructionSet) -> None:
     """Write the zero point into the halo of every image."""
+    if layout.halo != NO_HALO:
+        fill_margin(y, layout, T.cast(integers[0], isa.storage))
+
+
+def fill_margin(y: Any, layout: Layout, value: Any) -> None:
+    """Write `value` into the halo, if there is one, of every image."""
     if layout.halo == NO_HALO:
         return
     top, bottom, left, right = layout.halo
     batch, height, width = layout.extents
-    value = T.cast(integers[0], isa.storage)
     pitch = layout.pitch
     row = (left + width + right) * pitch
     with T.serial(0, batch) as n:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qcompile.targets.base import DotProduct, InstructionSet
+from qcompile.targets.base import DotProduct, InstructionSet, Products
 from qcompile.targets.cpu.filters import ConvShape
 from qcompile.targets.layout import align
 
@@ -29,10 +29,10 @@ class ConvConfig:
     channels_outer: bool
 
 
-def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct, steps: int) -> list[ConvConfig]:
+def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, steps: int) -> list[ConvConfig]:
     """Every tile that fits the registers, the one of fewest cycles by a simple count first.
 
-    `steps`: taps x groups of four channels. A step takes as long as its dot products, its loads, the latency
+    `steps`: taps x words of four bytes of activations. A step takes as long as its dot products, its loads, the latency
     of the accumulators, or its weights from the second-level cache, whichever is the longest. Storing takes
     three instructions for a vector of sums and six for one of bytes, two a cycle; what a small tile stores is
     hidden behind the next one's first steps.

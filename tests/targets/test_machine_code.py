@@ -21,6 +21,7 @@ Builder = Callable[[], nn.Module]
 # The instruction that takes the dot products, and its registers.
 DOT = {
     "x86-avx512-vnni": ("vpdpbusd", "zmm"),
+    "x86-avx512-bf16": ("vpdpbusd", "zmm"),
     "x86-avx2": ("vpmaddubsw", "ymm"),
     "arm64-dotprod": ("sdot", ".16b"),
     "arm64-neon": ("smull", ".8b"),

@@ -116,12 +116,22 @@ def test_the_dot_product_that_is_exact_for_every_weight_comes_last() -> None:
         assert target.isa.dot_for(extreme) is target.isa.dots[-1]
 
 
+def test_native_for_bfloat16_is_what_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 code gains nothing from it: it stays the code that older machines run too, and whose kernels are tuned."""
+    for features, best in (((*X86, "avx512bf16"), "x86-avx512-bf16"), (X86, "x86-avx512-vnni")):
+        monkeypatch.setattr(registry, "machine", lambda features=features: ("x86_64", frozenset(features)))
+        assert get("native", bfloat16=True).name == best
+        assert get("native").name == "x86-avx512-vnni"
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_of_two_targets_for_one_machine_the_higher_rank_needs_more(machine: str) -> None:
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_of_two_targets_for_one_machine_the_higher_rank_needs_more(machine: str, bfloat16: bool) -> None:
     def rank(target: Target) -> int:
         return target.rank
 
-    ordered = sorted((get(name) for name in TARGETS if get(name).machine == machine), key=rank)
-    assert len({target.rank for target in ordered}) == len(ordered)
+    able = [get(name) for name in TARGETS if get(name).machine == machine]
+    ordered = sorted((t for t in able if (t.isa.bfloat16 is not None) == bfloat16), key=rank)
+    assert len({target.rank for target in able}) == len(able)
     for low, high in pairwise(ordered):
         assert set(low.features) < set(high.features), f"{high.name} would be chosen over {low.name}"
