@@ -55,6 +55,14 @@ def prepare_qat(
     """
     if scales not in SCALES:
         raise ConfigError(f"unknown scales {scales!r}", where="scales", remedy=f"use one of {', '.join(SCALES)}")
+    if config is not None and any(
+        options.get("activations", "static") != "static" for options in (vars(config), *config.overrides.values())
+    ):
+        raise ConfigError(
+            "a model is trained with static activations only",
+            where="config.activations",
+            remedy="leave activations out, and give calibration data",
+        )
     where = target if isinstance(target, Target) else get(str(target))
     program, context, passes = prepared(
         model, example_inputs, calibration, dynamic_shapes, config, pipeline, objection(where), progress

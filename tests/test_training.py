@@ -217,6 +217,8 @@ def test_mistakes_are_named() -> None:
         prepare(pipeline=default_pipeline().without("quantize"))
     with pytest.raises(PipelineError, match="does not end in an integer program"):
         prepare(pipeline=Pipeline(passes_until("quantize")))
+    with pytest.raises(ConfigError, match="trained with static activations"):
+        prepare(config=qcompile.QuantConfig(activations="dynamic"))
     model = prepare()
     with pytest.raises(ConfigError, match="quantized before it was trained") as caught:
         qcompile.quantize(model, calibration=[randn(4, 1)])
@@ -236,5 +238,4 @@ def test_training_recovers_what_quantization_after_it_loses(seed: int) -> None:
 
 def test_a_new_head_learns_on_an_integer_backbone() -> None:
     before, after = new_head(0)
-    assert before < 0.4
-    assert after > 0.8
+    assert after > before + 0.4
