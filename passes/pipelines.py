@@ -93,7 +93,9 @@ class Pipeline:
 def qdq_pipeline() -> Pipeline:
     """Qdq to integer, for a model that is already quantized; with the passes of installed distributions that join
     behind one of these."""
-    return _with_entry_points(Pipeline((CanonicalizeQdq(), FuseRequantize(), FoldPadding())), all_must_join=False)
+    return _with_entry_points(
+        Pipeline((CanonicalizeQdq(), FuseRequantize(), FoldPadding(), FuseFloat())), all_must_join=False
+    )
 
 
 def default_pipeline(config: QuantConfig | None = None) -> Pipeline:

@@ -175,10 +175,10 @@ def prepared(
         _check_given(config, batches)
     if pipeline is None:
         pipeline = qdq_pipeline() if given else default_pipeline(config)
-    if batches is None and config.activations == "static" and _calibrates(pipeline):
-        raise _no_calibration()
     passes = tuple(pipeline)
     check_end(passes, program)
+    if batches is None and config.activations == "static" and _calibrates(passes):
+        raise _no_calibration()
     return program, Context(config, batches, progress, objection=objection), passes
 
 

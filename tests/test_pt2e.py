@@ -144,7 +144,12 @@ def test_layers_can_be_kept_float() -> None:
 def test_the_passes_are_named_and_say_what_is_missing() -> None:
     given = pt2e.convert(mlp(), pt2e.Everything(), passing.images(4))
     quantized = qcompile.quantize(given, example_inputs=passing.images(1)[0])
-    assert [record.name for record in quantized.passes] == ["canonicalize_qdq", "fuse_requantize", "fold_padding"]
+    assert [record.name for record in quantized.passes] == [
+        "canonicalize_qdq",
+        "fuse_requantize",
+        "fold_padding",
+        "fuse_float",
+    ]
     assert Property.INTEGER in quantized.program.properties
     error = passing.refusal(
         given, calibration=None, example_inputs=passing.images(1)[0], pipeline=qcompile.passes.default_pipeline()

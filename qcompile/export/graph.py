@@ -13,6 +13,7 @@ from torch import fx
 from qcompile import __version__, ops
 from qcompile.export.floats import FLOATS, dtype_of, name_of
 from qcompile.export.moves import MOVES
+from qcompile.export.products import PRODUCTS
 from qcompile.export.rows import ROWS
 from qcompile.export.writer import Activations, Name, Writer
 from qcompile.ir import Program, shape_of
@@ -52,7 +53,8 @@ def write(program: Program, activations: Activations) -> ModelProto:
 def _write(w: Writer, node: fx.Node) -> Name:
     """Write one node; returns the tensor with its value."""
     if getattr(node.target, "namespace", "") == "qcompile":
-        how = ROWS.get(str(node.target).removeprefix("qcompile.").removesuffix(".default"))
+        name = str(node.target).removeprefix("qcompile.").removesuffix(".default")
+        how = ROWS.get(name) or PRODUCTS.get(name)
     elif node.target is torch.ops.aten.sym_size.int:
         return _size_of(w, node)
     elif node.target is operator.getitem and node.args[1] == 0:

@@ -18,6 +18,7 @@ import qcompile
 from qcompile.errors import ExportError
 from qcompile.export import to_onnx
 from qcompile.export.floats import FLOATS, name_of
+from qcompile.export.products import PRODUCTS
 
 aten = torch.ops.aten
 IMAGE, ROWS = randn(2, 4, 7, 6), randn(2, 5, 8)
@@ -65,13 +66,19 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "softmax.int": (lambda x: x.softmax(-1), (ROWS,)),
     "_softmax": (lambda x: aten._softmax.default(x, 1, False), (ROWS,)),
     "log_softmax.int": (lambda x: x.log_softmax(1), (ROWS,)),
-    "conv2d": (lambda x: F.conv2d(x, WEIGHT[:, :2], VECTOR[:6], (2, 1), (1, 2), 1, 2), (IMAGE,)),
+    "conv2d": (lambda x, w: F.conv2d(x, w, VECTOR[:6], (2, 1), (1, 2), 1, 2), (IMAGE, WEIGHT[:, :2])),
+    "float_conv2d": (lambda x: F.conv2d(x, WEIGHT[:, :2], VECTOR[:6], (2, 1), (1, 2), 1, 2), (IMAGE,)),
+    "float_conv2d absorbs": (lambda x: (F.conv2d(x, WEIGHT[:4], None, 1, "same") + x).clamp(-0.4, 0.9), (IMAGE,)),
+    "float_conv2d relu": (lambda x: F.conv2d(x, WEIGHT, None, 1, (0, 2), (2, 1)).relu(), (IMAGE,)),
     "conv_transpose2d.input": (
         lambda x: F.conv_transpose2d(x, WEIGHT[:4], None, (2, 3), (1, 0), (1, 2), 2),
         (IMAGE,),
     ),
-    "conv1d": (lambda x: F.conv1d(x, KERNEL, None, 2, 1), (ROWS,)),
-    "linear": (lambda x: F.linear(x, MATRIX.t(), VECTOR[:5]), (ROWS,)),
+    "conv1d": (lambda x, w: F.conv1d(x, w, None, 2, 1), (ROWS, KERNEL)),
+    "float_conv1d": (lambda x: F.conv1d(x, KERNEL, None, 2, 1), (ROWS,)),
+    "linear": (lambda x, w: F.linear(x, w, VECTOR[:5]), (ROWS, MATRIX.t().contiguous())),
+    "float_linear": (lambda x: F.linear(x, MATRIX.t(), VECTOR[:5]), (ROWS,)),
+    "float_linear absorbs": (lambda x, y: (F.linear(x, MATRIX.t()) + y).clamp(max=1.5), (ROWS, ROWS[..., :5].clone())),
     "matmul": (lambda x, y: x @ y, (ROWS, ROWS.mT)),
     "mm": (torch.mm, (MATRIX, MATRIX.t())),
     "bmm": (torch.bmm, (ROWS, ROWS.mT)),
@@ -121,8 +128,13 @@ def test_a_float_operator_is_the_same_in_onnx(name: str) -> None:
 def test_every_float_operator_of_the_table_is_tested() -> None:
     written = set()
     for name in CASES:
-        written |= {name_of(node) for node in case(name).program.graph.nodes if node.op == "call_function"}
+        written |= {
+            name_of(node).removeprefix("qcompile.")
+            for node in case(name).program.graph.nodes
+            if node.op == "call_function"
+        }
     # torch.export takes these apart, or canonicalize gives them another name, before they come here.
+    assert set(PRODUCTS) <= written
     assert set(FLOATS) - written <= {"add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "to.dtype", "mm"}
 
 
