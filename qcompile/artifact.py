@@ -57,7 +57,7 @@ class CoverageRow(NamedTuple):
     Attributes:
         op: the operator as PyTorch names it.
         node: its name in the graph.
-        kind: "integer", "float", "bfloat16" or "shape".
+        kind: "integer", "weight-only", "float", "bfloat16" or "shape".
         kernel: what computes it.
         reason: why it stayed float; "" otherwise.
         where: the module path in the user's model.

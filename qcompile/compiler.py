@@ -25,13 +25,15 @@ from qcompile.config import QuantConfig
 from qcompile.device import lacks
 from qcompile.errors import ConfigError, DeviceError, StrictError
 from qcompile.executable import OWNER
-from qcompile.ir import Program, shape_of
+from qcompile.ir import Program, Property, shape_of
 from qcompile.manager import PassRecord
 from qcompile.metrics import Agreement, Checked, Metric
 from qcompile.ops.real import BFLOAT16, NUMERICS
 from qcompile.passes import Pipeline, float_pipeline
 from qcompile.passes.base import Progress
+from qcompile.passes.fuse_float import FuseFloat
 from qcompile.profiling import Profile, profile
+from qcompile.qat import QatModel
 from qcompile.quantizer import QuantizedModel, Recipe, prepared, run_passes
 from qcompile.runtime import Model
 from qcompile.sites import COVERS
@@ -182,6 +184,12 @@ def compile(
     """
     where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
     mixed.check(max_accuracy_drop, metric, evaluation, strict)
+    if isinstance(model, QatModel) and (max_accuracy_drop is not None or numerics != "int8"):
+        raise ConfigError(
+            "the model was trained as int8",
+            where="numerics" if max_accuracy_drop is None else "max_accuracy_drop",
+            remedy="leave it out, or compile the float model",
+        )
     pipeline = chosen_pipeline(numerics, config, pipeline, max_accuracy_drop)
     start = prepared(model, example_inputs, calibration, dynamic_shapes, config, pipeline, objection(where), progress)
     finish = partial(compile_program, target=where, tuning=tuning, strict=strict, threads=threads)
@@ -214,7 +222,16 @@ def chosen_pipeline(
                 where=name,
                 remedy=f"leave {name} or numerics out",
             )
-    return float_pipeline(numerics) if pipeline is None else pipeline
+    if pipeline is None:
+        return float_pipeline(numerics)
+    found = {step.numerics for step in pipeline if isinstance(step, FuseFloat)}
+    if found != {numerics} or any(Property.QDQ in step.establishes for step in pipeline):
+        raise ConfigError(
+            f"the pipeline is not one for numerics={numerics!r}",
+            where="pipeline",
+            remedy=f"start from qcompile.passes.float_pipeline({numerics!r})",
+        )
+    return pipeline
 
 
 def compile_program(

@@ -122,10 +122,10 @@ class _Search:
         if self._meets(int8_metric):
             (time,) = self._milliseconds(int8)
             return int8, Choices((), self.max_drop, self.float_metric, int8_metric, int8_metric, time, time)
-        costs = self._costs(int8)
+        costs = self._costs(int8) if self.groups else {}
         noise = self._noise()
         steps = ranked(self.simulation, noise, costs)
-        model, left, reached = self._least(steps, costs)
+        model, left, reached = self._least(steps, costs) if steps else (int8, frozenset(), int8_metric)
         times = self._milliseconds(int8, model)
         bfloat16 = {row.node for row in model.coverage if row.kind == BFLOAT16}
         rows = [self._row(name, left, bfloat16, noise, costs[name]) for name in left]

@@ -33,7 +33,7 @@ _REMEDY_DIVERGED = "training diverged: load an earlier state_dict, and train on 
 
 
 class QatModel(nn.Module):
-    """What `qcompile.prepare_qat` returns: called, trained, saved and moved as any module.
+    """What `qcompile.prepare_qat` returns: called, trained and moved as any module; saved by its `state_dict`.
 
     Its output is that of the integer model that `qcompile.compile` makes of it, but for float rounding: where a value
     lies half way between two int8 steps, float sums may fall to the other side. It is the same in training and in

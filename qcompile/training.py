@@ -55,7 +55,7 @@ def prepare_qat(
     """
     if scales not in SCALES:
         raise ConfigError(f"unknown scales {scales!r}", where="scales", remedy=f"use one of {', '.join(SCALES)}")
-    if config is not None and any(
+    if isinstance(config, QuantConfig) and any(
         options.get("activations", "static") != "static" for options in (vars(config), *config.overrides.values())
     ):
         raise ConfigError(

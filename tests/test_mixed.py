@@ -21,7 +21,7 @@ from qcompile.config import QuantConfig
 from qcompile.errors import AccuracyWarning, CalibrationError, ConfigError, QcompileError
 from qcompile.ir import Program, Property
 from qcompile.metrics import Predict
-from qcompile.passes import Context, Pass, default_pipeline
+from qcompile.passes import Context, Pass, default_pipeline, float_pipeline
 from qcompile.passes.fuse_float import FuseFloat
 from qcompile.quantizer import prepared
 from qcompile.simulation import Simulation
@@ -338,3 +338,47 @@ def test_tensors_are_left_as_they_were() -> None:
     found()
     after: list[Tensor] = list(spoilt().parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _layers() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+
+
+def test_where_there_is_nothing_to_choose_the_target_is_said_to_be_missed() -> None:
+    model, data = _layers(), [randn(4, 16, seed=i) for i in range(5)]
+
+    def metric(predict: Predict) -> float:
+        return -float((predict(data[0]) - model(data[0])).abs().mean())
+
+    with pytest.warns(AccuracyWarning):
+        found = qcompile.compile(
+            model,
+            calibration=data,
+            config=QuantConfig(activations="dynamic"),
+            max_accuracy_drop=0.0,
+            metric=metric,
+        )
+    assert found.choices is not None
+    assert not found.choices.met
+    assert not found.choices.rows
+
+
+@pytest.mark.parametrize("numerics", ["bfloat16", "float32"])
+def test_a_pipeline_of_other_numerics_is_refused(numerics: str) -> None:
+    data = [randn(4, 16, seed=i) for i in range(5)]
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[numerics]
+    for pipeline in (default_pipeline(), float_pipeline(other)):
+        with pytest.raises(ConfigError, match="the pipeline is not one for numerics"):
+            qcompile.compile(_layers(), calibration=data, numerics=numerics, pipeline=pipeline)
+
+
+def test_a_trained_model_stays_as_it_was_trained() -> None:
+    data = [randn(4, 16, seed=i) for i in range(5)]
+    model = qcompile.prepare_qat(_layers(), calibration=data)
+    with pytest.raises(ConfigError, match="trained as int8"):
+        qcompile.compile(model, numerics="bfloat16")
+    with pytest.raises(ConfigError, match="trained as int8"):
+        qcompile.compile(model, max_accuracy_drop=0.1, evaluation=data)
+    with pytest.raises(ConfigError, match="the config is a str"):
+        qcompile.prepare_qat(_layers(), calibration=data, config="fast")  # type: ignore[arg-type]

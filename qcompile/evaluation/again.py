@@ -40,6 +40,14 @@ def with_layers(
     target = get(loaded.target)
     quantized = quantize(model, calibration=calibration, config=config, objection=objection(target), progress=progress)
     artifact = loaded.artifact
+    ours, theirs = ({(row.op, row.node, row.kind) for row in rows} for rows in (quantized.coverage, artifact.coverage))
+    if ours != theirs:  # golden vectors alone do not tell, where floats give them a tolerance
+        raise InputError(
+            "this model, calibration data and preset do not give the network of the compiled file",
+            where=", ".join(f"{node} is {kind}" for _, node, kind in sorted(theirs - ours)[:3]) or None,
+            remedy="give what the file was compiled from and with; leave the calibration data out to evaluate without "
+            "layers, or evaluate in Python what qcompile.compile returned",
+        )
     for case in artifact.golden:
         outputs = quantized.program(*[torch.from_numpy(array.copy()) for array in case.inputs])
         pairs = zip(outputs, case.outputs, strict=False)

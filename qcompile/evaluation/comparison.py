@@ -162,6 +162,12 @@ class _Layers:
                 "layers were not compared: a model from a file holds machine code and no layers; "
                 "evaluate what qcompile.compile returned"
             )
+        elif compiled.recipe is None:
+            self._left = 0
+            self.note = (
+                "layers were not compared: the model was trained as int8 or quantized elsewhere, "
+                "so its layers have no float counterparts"
+            )
 
     def add(self, piece: Piece) -> None:
         if self._left <= 0:

@@ -42,7 +42,7 @@ THRESHOLD = 10.0
 CAUSES = {
     "inputs": "the int8 grid of what it reads",
     "output": "the int8 grid of its output",
-    "operator": "its int8 weights, or its arithmetic",
+    "operator": "its weights, or its arithmetic",
 }
 
 
@@ -55,7 +55,7 @@ class LayerRow:
         value: the node of the float graph whose value it computes, or the model's input.
         op: the operator.
         where: the module path in the user's model.
-        kind: "integer" or "float".
+        kind: as in the ledger: "integer", "float", "bfloat16" or "weight-only".
         position: in the order of execution, from 0.
         reads: the nodes of the layers whose values it reads.
         accumulated: SQNR of its output in dB, both networks run from the model's input.
@@ -276,13 +276,14 @@ def _row(program: Program, comparison: Comparison, node: fx.Node, position: int)
         else []
     )
     noise = powers["accumulated"].noise
+    kinds = {row.node: row.kind for row in program.ledger.rows}
     inputs = {placeholder.name: str(placeholder.target) for placeholder in program.placeholders()}
     return LayerRow(
         node=node.name,
         value=inputs.get(real_name(node), real_name(node)),
         op=str(node.target).split(".")[1] if "." in str(node.target) else str(node.target),
         where=where(node),
-        kind="float" if held is None else "integer",
+        kind="integer" if held is not None else kinds.get(real_name(node), "float"),
         position=position,
         reads=tuple(used.name for used in reads(node, set(comparison.sums))),
         accumulated=powers["accumulated"].sqnr,

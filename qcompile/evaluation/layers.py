@@ -28,9 +28,10 @@ from torch import Tensor, fx
 from qcompile.arith import inverse_scale
 from qcompile.evaluation.quality import Powers
 from qcompile.ir import Program, QParams, constant
-from qcompile.sites import HOLDS, Held, is_computed
+from qcompile.sites import COVERS, HOLDS, Held, is_computed
 
 BINS = 64  # of a histogram, over the integer grid; one more on either side for what lies beyond
+_RESHAPES = (torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim)
 _PARTS = ("accumulated", "isolated", "inputs", "output", "operator")
 
 
@@ -56,9 +57,8 @@ def layers(program: Program) -> list[fx.Node]:
         if HOLDS in node.meta:
             return getattr(node.target, "namespace", "") == "qcompile"
         value = node.meta.get("val")
-        return (
-            node.name in stayed_float and is_computed(node) and isinstance(value, Tensor) and value.is_floating_point()
-        )
+        computes = COVERS in node.meta or (node.name in stayed_float and is_computed(node))
+        return computes and isinstance(value, Tensor) and value.is_floating_point()
 
     return [node for node in program.graph.nodes if is_layer(node)]
 
@@ -113,10 +113,14 @@ class Comparison:
 
     def _compare(self, node: fx.Node, values: dict[fx.Node, Any], real: dict[str, Any]) -> None:
         expected, sums = real[real_name(node)], self.sums[node]
+        if HOLDS not in node.meta:
+            expected = expected.reshape(values[node].shape)  # a convolution of one dimension became one of two
         held: Held | None = node.meta.get(HOLDS)
-        if held is None:  # it computes in float: of exact inputs it makes no error
+        if held is None:  # between floats: what it loses of exact inputs is due to its weights and its arithmetic
+            alone = _call(node, lambda used: _exact(used, values, real)) if COVERS in node.meta else expected
             sums.powers["accumulated"].add(expected, values[node] - expected)
-            sums.powers["isolated"].add(expected, torch.zeros_like(expected))
+            for part in ("isolated", "operator"):
+                sums.powers[part].add(expected, alone - expected)
             return
         params = held.qparams
         sums.histogram += histogram(expected, params)
@@ -125,7 +129,7 @@ class Comparison:
         def isolated(used: fx.Node) -> Any:
             if HOLDS in used.meta:
                 return _quantize(real[real_name(used)], used.meta[HOLDS].qparams, used)
-            return values[used] if used.op == "get_attr" else real.get(used.name, values[used])
+            return _exact(used, values, real)
 
         alone = _dequantize(_call(node, isolated), params)
         ideal = self._of_quantized_inputs(node, real)
@@ -143,8 +147,8 @@ class Comparison:
                 held: Held = used.meta[HOLDS]
                 q = _quantize(real[held.node], held.qparams, used)
                 known[held.node] = _dequantize(q, held.qparams)
-            elif used.name in real:
-                known[used.name] = real[used.name]
+            elif real_name(used) in real:
+                known[real_name(used)] = real[real_name(used)]
 
         def value(needed: fx.Node) -> Any:
             if needed.name not in known:
@@ -176,7 +180,24 @@ class _Recorder(fx.Interpreter):
 def real_name(node: fx.Node) -> str:
     """The name of the float graph's node whose value `node` stands for."""
     held: Held | None = node.meta.get(HOLDS)
-    return node.name if held is None else held.node
+    if held is not None:
+        return held.node
+    covers = node.meta.get(COVERS)
+    if covers:
+        return str(covers[-1])
+    source: Any = node.args[0] if node.target is torch.ops.qcompile.dequantize.default else node
+    return node.name if source is node else real_name(source)
+
+
+def _exact(used: fx.Node, values: dict[fx.Node, Any], real: dict[str, Any]) -> Any:
+    """What a node holds when all before it is exact."""
+    source = used
+    while source.target in _RESHAPES and real_name(source) not in real:
+        source = source.args[0]  # type: ignore[assignment]
+    known = None if used.op == "get_attr" else real.get(real_name(source))
+    if known is None:
+        return values[used]
+    return known.reshape(values[used].shape) if isinstance(known, Tensor) else known
 
 
 def _call(node: fx.Node, value: Any) -> Any:

@@ -38,8 +38,8 @@ def original(program: Program, recipe: Recipe | None, model: nn.Module | Exporte
     """
     if recipe is None:
         raise InputError(
-            "the passes that made this program are not known, so its layers cannot be compared with the float ones",
-            remedy="compile or quantize the model here, with qcompile.compile or qcompile.quantize",
+            "the model was trained as int8 or quantized elsewhere, so its layers have no float counterparts",
+            remedy="diagnose what was quantized here, from the float model; qcompile.evaluate compares the outputs",
         )
     captured = capture(model, example, None if isinstance(model, ExportedProgram) else recipe.dynamic_shapes)
     context = Context(recipe.config, rewrite_limit=recipe.rewrite_limit, objection=recipe.objection)

@@ -19,6 +19,9 @@ from qcompile.export.writer import Activations, Name, Writer
 from qcompile.ir import Program, shape_of
 
 OPSET, IR_VERSION = 17, 8
+_OTHERWISE = "write it with other operators, or export the part of the model without it"
+_STATIC = "quantize it with activations='static' to export it"
+_REMEDIES = {f"qcompile.{name}.default": _STATIC for name in ("linear_dynamic", "linear_weight_only")}
 _SIZES = {operator.mul: "Mul", operator.add: "Add", operator.sub: "Sub", operator.floordiv: "Div"}
 
 
@@ -68,7 +71,7 @@ def _write(w: Writer, node: fx.Node) -> Name:
         raise w.error(
             node,
             f"{node.target} has no counterpart in the ONNX export",
-            "write it with other operators, or export the part of the model without it",
+            _REMEDIES.get(str(node.target), _OTHERWISE),
         )
     return how(w, node)
 

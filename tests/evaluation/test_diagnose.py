@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import qcompile
+from qcompile.config import QuantConfig
 from qcompile.errors import InputError
 from qcompile.evaluation.layers import BINS, histogram
 from qcompile.evaluation.original import float_half
@@ -223,7 +224,7 @@ def test_what_has_no_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="machine code"):
         qcompile.diagnose(qcompile.load(tmp_path / "model.qcm"), model, DATA)  # type: ignore[arg-type]
     foreign = replace(qcompile.quantize(model, calibration=DATA), recipe=None)
-    with pytest.raises(InputError, match="passes that made this program are not known"):
+    with pytest.raises(InputError, match="trained as int8 or quantized elsewhere"):
         qcompile.diagnose(foreign, model, DATA)
     with pytest.raises(InputError, match="no data"):
         qcompile.diagnose(compiled, model, [])
@@ -251,3 +252,48 @@ def test_reports(tmp_path: Path) -> None:
     assert "accumulated" in str(found)
     found.save(tmp_path / "layers.html")
     assert "stem" in (tmp_path / "layers.html").read_text()
+
+
+def _three() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+    return model, [torch.randn(4, 16) for _ in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "op", "kind"),
+    [
+        ({"exclude": ("0",)}, "float_linear", "float"),
+        ({"overrides": {"2": {"activations": "dynamic"}}}, "linear_dynamic", "integer"),
+        ({"overrides": {"2": {"activations": "float", "weight_bits": 2}}}, "linear_weight_only", "weight-only"),
+    ],
+)
+def test_layers_between_floats_are_compared_as_well(options: dict[str, Any], op: str, kind: str) -> None:
+    model, data = _three()
+    quantized = qcompile.quantize(model, calibration=data, config=QuantConfig(**options))
+    found = qcompile.diagnose(quantized, model, data)
+    (row,) = [row for row in found.rows if row.op == op]
+    assert row.kind == kind
+    if kind == "float":
+        assert row.isolated > 100
+    elif kind == "weight-only":
+        assert found.rows[0] is row  # two bits lose most
+        assert row.isolated < 20
+
+
+def test_a_network_of_bfloat16_layers_has_rows() -> None:
+    model, data = _three()
+    compiled = qcompile.compile(model, example_inputs=data[0], numerics="bfloat16")
+    found = qcompile.diagnose(compiled, model, data)
+    products = [row for row in found.rows if row.kind == "bfloat16"]
+    assert len(products) == 3
+    assert all(35 < row.isolated < 70 for row in products)
+
+
+def test_a_trained_model_has_no_float_layers_to_compare_and_says_so() -> None:
+    model, data = _three()
+    compiled = qcompile.compile(qcompile.prepare_qat(model, calibration=data))
+    text = str(qcompile.evaluate(compiled, model, data, layers=4, blocks=0))
+    assert "trained as int8" in text
+    with pytest.raises(InputError, match="trained as int8"):
+        qcompile.diagnose(compiled, model, data)
