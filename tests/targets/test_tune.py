@@ -158,6 +158,7 @@ import sys, threading, os, signal, time
 sys.path[:0] = sys.argv[1:3]
 import test_tune
 threading.Thread(target=lambda: (time.sleep(float(sys.argv[4])), os.killpg(0, signal.SIGINT)), daemon=True).start()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
 try:
     test_tune.run(test_tune.randomize(test_tune.Small().eval()), test_tune.Path(sys.argv[3]))
 except KeyboardInterrupt:
