@@ -6,7 +6,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench bench-avx2 litert arm-tools clean
+.PHONY: help demo test test-all lint docs bench bench-quality bench-avx2 litert arm-tools clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ docs: .venv/installed-docs ## build the documentation into site/
 bench: .venv/installed-bench litert ## measure against the other engines, side by side; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.report
+
+bench-quality: .venv/installed-bench ## measure the accuracy that each preset and the other tools keep, on two networks
+	$(BIN)/python -m benchmarks.quality
 
 bench-avx2: .venv/installed-bench ## measure x86-avx2 beside ONNX Runtime held to AVX2; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks.avx2

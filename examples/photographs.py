@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 SIZE = 224
+ALL = slice(None)
 
 
 def photographs() -> dict[str, NDArray[np.uint8]]:
@@ -38,10 +39,10 @@ def photographs() -> dict[str, NDArray[np.uint8]]:
     }
 
 
-def preprocess(image: NDArray[np.uint8]) -> Tensor:
-    """(height, width, 3) uint8 -> (1, 3, 224, 224) float32 as EfficientNet-Lite was trained: (x - 127) / 128."""
+def preprocess(image: NDArray[np.uint8], size: int = SIZE) -> Tensor:
+    """(height, width, 3) uint8 -> (1, 3, size, size) float32 as EfficientNet-Lite was trained: (x - 127) / 128."""
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(torch.float32)
-    x = interpolate(x, size=(SIZE, SIZE), mode="bicubic", align_corners=False, antialias=True)
+    x = interpolate(x, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
     return (x.clamp(0, 255) - 127) / 128
 
 
@@ -52,10 +53,10 @@ def centre(image: NDArray[np.uint8]) -> Tensor:
     return preprocess(image[top : top + side, left : left + side])
 
 
-def crops(count: int, seed: int) -> list[Tensor]:
-    """`count` random square crops, half of them mirrored, taking the photographs in turn."""
+def crops(count: int, seed: int, size: int = SIZE, which: slice = ALL) -> list[Tensor]:
+    """`count` random square crops, half of them mirrored, taking the photographs (or `which` of them) in turn."""
     rng = np.random.default_rng(seed)
-    images = list(photographs().values())
+    images = list(photographs().values())[which]
     result = []
     for index in range(count):
         image = images[index % len(images)]
@@ -63,5 +64,5 @@ def crops(count: int, seed: int) -> list[Tensor]:
         side = int(rng.integers(shortest // 3, shortest + 1))
         top, left = (int(rng.integers(0, extent - side + 1)) for extent in image.shape[:2])
         crop = image[top : top + side, left : left + side]
-        result.append(preprocess(crop[:, ::-1] if rng.random() < 0.5 else crop))
+        result.append(preprocess(crop[:, ::-1] if rng.random() < 0.5 else crop, size))
     return result

@@ -10,8 +10,6 @@ Prints, for three seeds, the accuracy on held-out digits of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import qcompile
+from examples.digits import accuracy
 
 DYNAMIC = ({0: torch.export.Dim("batch", max=2048)},)
 TRAINING = 1200  # digits; the other 597 are held out
@@ -62,11 +61,6 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: i
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-
-
-@torch.no_grad()
-def accuracy(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
-    return float((model(images).argmax(1) == labels).float().mean())
 
 
 def few_bits(seed: int, weight_bits: int = 2) -> tuple[float, float, float]:
