@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qcompile import arith
 from qcompile.ir import QParams
-from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_int8
+from qcompile.ops.row import Act, Call, Row, Sample, Site, no_examples, random_int8
 
 
 def quantize(x: Tensor, inv_scale: float, zero_point: int) -> Tensor:
@@ -79,10 +79,6 @@ def _samples_dequantize(g: torch.Generator) -> Iterator[Sample]:
     yield Sample((Act(every), arith.float32(1e-3), 127), label="every value")
 
 
-def _no_examples(g: torch.Generator) -> Iterator[Example]:
-    yield from ()
-
-
 QUANTIZE = Row(
     name="quantize",
     schema="(Tensor x, float inv_scale, int zero_point) -> Tensor",
@@ -91,7 +87,7 @@ QUANTIZE = Row(
     fake=quantize_fake,
     fuse=_fuse_quantize,
     samples=_samples_quantize,
-    examples=_no_examples,
+    examples=no_examples,
 )
 
 DEQUANTIZE = Row(
@@ -102,7 +98,7 @@ DEQUANTIZE = Row(
     fake=dequantize_fake,
     fuse=_fuse_dequantize,
     samples=_samples_dequantize,
-    examples=_no_examples,
+    examples=no_examples,
 )
 
 ROWS = (QUANTIZE, DEQUANTIZE)

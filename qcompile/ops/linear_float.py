@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qcompile import arith
-from qcompile.ops.row import Act, Call, Example, Row, Sample, Site, random_int8
+from qcompile.ops.row import Act, Call, Row, Sample, Site, no_examples, random_int8
 
 _IN_CACHE = 1 << 14  # outputs that are summed at once: an emulated fma makes a dozen passes over them
 
@@ -128,10 +128,6 @@ def _samples_weight_only(g: torch.Generator) -> Iterator[Sample]:
     yield Sample((Act(x), weight, scale, _bias(g, 19), 24), label="special values")
 
 
-def _no_examples(g: torch.Generator) -> Iterator[Example]:
-    yield from ()
-
-
 LINEAR_DYNAMIC = Row(
     name="linear_dynamic",
     schema="(Tensor x, Tensor weight, Tensor scale, Tensor bias) -> Tensor",
@@ -140,7 +136,7 @@ LINEAR_DYNAMIC = Row(
     fake=linear_dynamic_fake,
     fuse=_fuse,
     samples=_samples_dynamic,
-    examples=_no_examples,
+    examples=no_examples,
 )
 
 LINEAR_WEIGHT_ONLY = Row(
@@ -151,7 +147,7 @@ LINEAR_WEIGHT_ONLY = Row(
     fake=linear_weight_only_fake,
     fuse=_fuse,
     samples=_samples_weight_only,
-    examples=_no_examples,
+    examples=no_examples,
 )
 
 ROWS = (LINEAR_DYNAMIC, LINEAR_WEIGHT_ONLY)

@@ -89,6 +89,11 @@ def activations(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(n for n in node.all_input_nodes if is_tensor(n) and not is_constant(n))
 
 
+def no_examples(g: torch.Generator) -> Iterable[Example]:
+    """Of a row that takes no ATen operator."""
+    return ()
+
+
 def no_objection(node: fx.Node) -> str | None:
     return None
 
