@@ -27,7 +27,7 @@ from ctypes import (
     c_void_p,
 )
 from functools import cache
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from math import prod
 from typing import Any, ClassVar
 
@@ -115,21 +115,12 @@ def _open(path: str) -> Any:
 
 def _find(package: str, file: str) -> str:
     """The path of a library that an installed package brings; the package itself is not imported."""
-    spec = find_spec(package)
+    spec = PathFinder.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     found = next((p for f in folders or () if os.path.exists(p := os.path.join(f, "lib", file))), None)
     if found is None:
         raise DeviceError(f"the runtime needs {file} of the package {package}", remedy=_REMEDY)
     return found
-
-
-def load() -> None:
-    """Load TVM's libraries now; otherwise the first use does.
-
-    Raises:
-        DeviceError: they are not installed.
-    """
-    _library()
 
 
 class Object:

@@ -12,12 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qcompile import ffi
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
@@ -174,18 +172,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
         ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
         DeviceError: built for a processor that this one is not.
     """
-    ahead = threading.Thread(target=_load_libraries)  # while the file is hashed
-    ahead.start()
-    try:
-        artifact = Artifact.load(path)
-    finally:
-        ahead.join()
-    return Model(artifact, threads=threads)
-
-
-def _load_libraries() -> None:
-    with suppress(DeviceError):  # the model meets it again, and raises it
-        ffi.load()
+    return Model(Artifact.load(path), threads=threads)
 
 
 def best_variant(artifact: Artifact) -> Variant:
