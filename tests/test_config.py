@@ -13,9 +13,10 @@ from torch import fx, nn
 import qcompile
 from qcompile.config import QuantConfig
 from qcompile.errors import CalibrationWarning, ConfigError
-from qcompile.histograms import LeastSquares, Percentile
+from qcompile.histograms import Percentile
 from qcompile.ir import Program, constant
 from qcompile.observers import MinMax, MovingAverage, Observer
+from qcompile.searches import LeastSquares
 
 X = (randn(1, 4, 6, 6),)
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from qcompile.arith import QMAX, QMIN
 from qcompile.config import OBSERVERS, QuantConfig
 from qcompile.distributed import Processes, processes
-from qcompile.histograms import BINS, Histogram, LeastSquares, Percentile
+from qcompile.histograms import BINS, Histogram, Percentile
 from qcompile.ir import QParams
 from qcompile.observers import MinMax, MovingAverage, Observer, qparams_from_range
 from qcompile.passes.insert_observers import make
+from qcompile.searches import LeastSquares
 
 
 def observed(observer: Observer, *batches: Tensor) -> Observer:
