@@ -20,12 +20,14 @@ from qcompile.ir import Program, Property
 from qcompile.observers import MinMax, MovingAverage, Observer, Shared
 from qcompile.ops.row import Output, Row
 from qcompile.passes.base import Context, Pass
-from qcompile.searches import LeastSquares
+from qcompile.searches import Entropy, LearnedStep, LeastSquares
 from qcompile.sites import Group, Refusal, is_computed, plan
 
 _WITHOUT_OPTIONS: dict[str, Callable[[], Observer]] = {
     "minmax": MinMax,
     "mse": LeastSquares,
+    "lsq": LearnedStep,
+    "entropy": Entropy,
 }
 
 

@@ -16,7 +16,7 @@ from qcompile.errors import CalibrationWarning, ConfigError
 from qcompile.histograms import Percentile
 from qcompile.ir import Program, constant
 from qcompile.observers import MinMax, MovingAverage, Observer
-from qcompile.searches import LeastSquares
+from qcompile.searches import Entropy, LearnedStep, LeastSquares
 
 X = (randn(1, 4, 6, 6),)
 
@@ -40,6 +40,8 @@ def _observer(program: Program, node: fx.Node) -> Observer:
         ("moving_average", MovingAverage),
         ("percentile", Percentile),
         ("mse", LeastSquares),
+        ("lsq", LearnedStep),
+        ("entropy", Entropy),
     ],
 )
 def test_every_activation_has_the_observer_that_is_asked_for(name: str, kind: type) -> None:
@@ -98,6 +100,8 @@ def test_layers_are_excluded_by_type() -> None:
         ({"preset": "bets"}, r"unknown preset(.|\n)*did you mean best"),
         ({"percentile": 99.0}, r"no activation is observed by 'percentile'(.|\n)*add observer='percentile'"),
         ({"observer": "mse", "averaging": 0.2}, "no activation is observed by 'moving_average'"),
+        ({"observer": "entropy", "percentile": 99.0}, "no activation is observed by 'percentile'"),
+        ({"observer": "entropi"}, r"unknown observer(.|\n)*did you mean entropy"),
         ({"observer": "percentile", "percentile": 101}, "percentile is 101"),
         ({"overrides": {"a": {"percentile": 99.0}}}, r"is for the observer 'percentile', not for 'minmax'"),
         ({"overrides": {"a": {"bits": 4}}}, r"unknown option 'bits'(.|\n)*observer, percentile, averaging"),
