@@ -56,9 +56,15 @@ class Histogram(Observer):
         self.counts = processes.sum(self.counts)
 
     @property
-    def middles(self) -> Tensor:
-        """Of all bins."""
-        return (torch.arange(BINS, dtype=torch.float64) - BINS // 2 + 0.5) * self.width
+    def values(self) -> Tensor:
+        """(BINS,) float64: what the values of a bin are taken to be: its middle, or the extreme that lies in it.
+
+        A range is often made of its ends: a relu6 gives many a 6, a mask many a -10000.
+        """
+        values = (torch.arange(BINS, dtype=torch.float64) - BINS // 2 + 0.5) * self.width
+        for extreme in (self.low, self.high) if self.reach else ():
+            values[math.floor(extreme / self.width) + BINS // 2] = extreme
+        return values
 
     def cells(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """(n, 257) int64: for each of n quantizations, where among the bins each level begins, and where the last ends.

@@ -23,6 +23,7 @@ Cost = Callable[[Tensor, Tensor], Tensor]  # scales (n,), zero points (n,) -> co
 
 _RATIO, _COUNT = 0.8, 18  # the parts of each end that are tried first: 1, 0.8, ..., 0.8^17 = 0.02
 _ROUNDS, _FINER = 5, 4  # of trying what is around the best; each with the fourth root of the ratio before
+_GAIN = 1e-12  # of the sum of squares, that a step of refining has to bring: less is float64's own rounding
 _AROUND = 8  # bins on each side of one, that tell how many values a smooth distribution has in it
 _SMOOTH = 2  # times their median: so many, and what is beyond is a heap of equal values
 _DECIMALS = 9  # of a divergence in nats: what is equal up to there is equal
@@ -76,7 +77,7 @@ class LearnedStep(LeastSquares):
             scales = moments.newton(scale.expand(3), beside)
             errors = moments.squared_error(scales, beside)
             best = errors.argmin()
-            if errors[best] >= lowest:
+            if errors[best] >= lowest - _GAIN * moments.sums[2, -1]:
                 return QParams(float(scale), int(zero_point))
             scale, zero_point, lowest = scales[best, None], beside[best, None], errors[best]
 
@@ -90,7 +91,7 @@ class _Moments:
 
     @staticmethod
     def of(histogram: Histogram) -> _Moments:
-        values = histogram.middles
+        values = histogram.values
         return _Moments(histogram, _running(histogram.counts * torch.stack([values**0, values, values**2])))
 
     def squared_error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
