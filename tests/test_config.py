@@ -46,6 +46,9 @@ def _observer(program: Program, node: fx.Node) -> Observer:
 )
 def test_every_activation_has_the_observer_that_is_asked_for(name: str, kind: type) -> None:
     assert {type(observer) for observer in observers(QuantConfig(name)).values()} == {kind}
+    for one in ("minmax", "entropy"):
+        alone = observers(QuantConfig(one, overrides={"first": {"observer": name}}))
+        assert type(alone["relu"]) is kind
 
 
 def test_an_override_holds_for_what_a_layer_computes_with_what_it_absorbs() -> None:
