@@ -7,6 +7,7 @@ residual add and relu that it absorbs) have none, because they never exist as in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +15,20 @@ from torch import fx
 
 from qcompile.config import AVERAGING, PERCENTILE, QuantConfig
 from qcompile.distributed import processes
-from qcompile.histograms import LeastSquares, Percentile
+from qcompile.histograms import Percentile
 from qcompile.ir import Program, Property
 from qcompile.observers import MinMax, MovingAverage, Observer, Shared
 from qcompile.ops.row import Output, Row
 from qcompile.passes.base import Context, Pass
+from qcompile.searches import Entropy, LearnedStep, LeastSquares
 from qcompile.sites import Group, Refusal, is_computed, plan
+
+_WITHOUT_OPTIONS: dict[str, Callable[[], Observer]] = {
+    "minmax": MinMax,
+    "mse": LeastSquares,
+    "lsq": LearnedStep,
+    "entropy": Entropy,
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def make(config: QuantConfig) -> Observer:
         return MovingAverage(AVERAGING if config.averaging is None else config.averaging, processes())
     if config.observer == "percentile":
         return Percentile(PERCENTILE if config.percentile is None else config.percentile)
-    return LeastSquares() if config.observer == "mse" else MinMax()
+    return _WITHOUT_OPTIONS[str(config.observer)]()
 
 
 def _insert(program: Program, tensor: fx.Node, observer: Observer) -> fx.Node:

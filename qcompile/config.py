@@ -18,7 +18,7 @@ _KEPT_SAMPLES = 64  # without a preset, for a pipeline that asks for them
 ACTIVATIONS = ("static", "dynamic", "float")
 _GROUP = 128  # weights that share a scale, for weights of few bits
 _OBSERVER_OF = {"percentile": "percentile", "averaging": "moving_average"}  # option -> the observer that it is for
-OBSERVERS = ("minmax", "moving_average", "percentile", "mse")
+OBSERVERS = ("minmax", "moving_average", "percentile", "mse", "lsq", "entropy")
 PERCENTILE, AVERAGING = 99.99, 0.1  # where none is given
 
 
@@ -34,7 +34,9 @@ class QuantConfig:
             else "minmax". "minmax": the range from the
             smallest to the largest ever seen. "moving_average": an exponential average of each batch's
             extremes. "percentile": the range that holds `percentile` per cent of all values. "mse": the
-            range with the smallest mean squared error, of rounding and of clipping together.
+            range with the smallest mean squared error, of rounding and of clipping together. "lsq": from there,
+            scale and zero point refined to a local minimum of it. "entropy": the range with the smallest
+            Kullback-Leibler divergence between the distribution of the values and that of the quantized ones.
         percentile: for "percentile", in (50, 100]; default 99.99.
         averaging: for "moving_average", the weight of each new batch, in (0, 1]; default 0.1.
         weight_bits: how many bits a weight has, 2 to 8: integers from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1.

@@ -1,4 +1,4 @@
-"""Observers that count values in a histogram of fixed size, and choose the range from it.
+"""Observers that count values in a histogram of fixed size (those that search it: `qcompile.searches`).
 
 The bins are [k w, (k + 1) w) for a width w that is a power of two. When a value lies beyond them, w doubles and
 neighbouring bins become one. Both are exact in floating point, so the counts depend neither on the order of the
@@ -18,8 +18,6 @@ from qcompile.ir import QParams
 from qcompile.observers import TINY, Observer, qparams_from_range
 
 BINS = 1 << 14  # at least 16 for each of the 256 levels, where values have one sign
-_SMALLEST, _STEPS = 0.02, 50  # of a range that is tried, as a part of the widest; and how many are tried at a time
-_ROUNDS = 3  # of refining; each has a tenth of the step of the one before
 
 
 class Histogram(Observer):
@@ -57,10 +55,25 @@ class Histogram(Observer):
         self._widen(processes.largest(self.reach))
         self.counts = processes.sum(self.counts)
 
-    def occupied(self) -> tuple[Tensor, Tensor]:
-        """(the middles of the bins that hold values, their counts)."""
-        (at,) = torch.nonzero(self.counts, as_tuple=True)
-        return (at.double() - BINS // 2 + 0.5) * self.width, self.counts[at]
+    @property
+    def values(self) -> Tensor:
+        """(BINS,) float64: what the values of a bin are taken to be: its middle, or the extreme that lies in it.
+
+        A range is often made of its ends: a relu6 gives many a 6, a mask many a -10000.
+        """
+        values = (torch.arange(BINS, dtype=torch.float64) - BINS // 2 + 0.5) * self.width
+        for extreme in (self.low, self.high) if self.reach else ():
+            values[math.floor(extreme / self.width) + BINS // 2] = extreme
+        return values
+
+    def cells(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """(n, 257) int64: for each of n quantizations, where among the bins each level begins, and where the last ends.
+
+        A bin belongs to the level that its middle rounds to; those before the first and behind the last are clipped.
+        """
+        levels = torch.arange(QMIN, QMAX + 2, dtype=torch.float64)
+        edges = (levels - 0.5 - zero_point[:, None]) * (scale[:, None] / self.width)
+        return torch.ceil(edges - 0.5).add_(BINS // 2).clamp_(0, BINS).to(torch.int64)
 
 
 class Percentile(Histogram):
@@ -78,38 +91,3 @@ class Percentile(Histogram):
         # A bin's far edge may lie beyond every value that was seen.
         low, high = first * self.width - self.reach, last * self.width - self.reach
         return qparams_from_range(max(self.low, low), min(self.high, high))
-
-
-class LeastSquares(Histogram):
-    """The range with the smallest sum of squared errors, of rounding and of clipping together.
-
-    Both ends are drawn in, by one factor at first and then each by itself.
-
-    Source: Nagel et al., "A White Paper on Neural Network Quantization" (2021), section 3.1, "Mean squared error".
-    """
-
-    def qparams(self) -> QParams:
-        values, counts = self.occupied()
-        low, high = min(self.low, 0.0), max(self.high, 0.0)
-        ends = [end for end, edge in enumerate((low, high)) if edge]
-
-        def cost(ends: tuple[float, float]) -> float:
-            return _squared_error(qparams_from_range(low * ends[0], high * ends[1]), values, counts)
-
-        grid = [1 - i * (1 - _SMALLEST) / _STEPS for i in range(_STEPS + 1)]
-        best = min(((part, part) for part in grid), key=cost)
-        step = (1 - _SMALLEST) / _STEPS
-        for _ in range(_ROUNDS):
-            for end in ends:
-                tried = [best[end] + i * step / 5 for i in range(-10, 11)]
-                tried = [part for part in tried if _SMALLEST / 2 <= part <= 1]
-                best = min(((part, best[1]) if end == 0 else (best[0], part) for part in tried), key=cost)
-            step /= 10
-        return qparams_from_range(low * best[0], high * best[1])
-
-
-def _squared_error(params: QParams, values: Tensor, counts: Tensor) -> float:
-    """Of quantizing `values`, each of which occurred `counts` times."""
-    q = torch.round(values / params.scale + params.zero_point).clamp_(QMIN, QMAX)
-    error = (q - params.zero_point).mul_(params.scale).sub_(values)
-    return float(counts @ error.square_())

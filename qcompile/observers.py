@@ -1,7 +1,7 @@
 """Observers: what calibration measures of an activation, in memory that does not grow with the data.
 
 An observer is an identity module in the observed graph. Its range always includes zero, so that
-padding and relu are exact; `qparams` turns it into scale and zero point:
+padding and relu are exact; `quantizations` turns it into scale and zero point:
 
     scale = float32((max - min) / 255)        zero_point = rne(-128 - min / scale), clamped to int8
 """
@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from qcompile.arith import QMAX, QMIN, float32
+from qcompile.arith import QMAX, QMIN
 from qcompile.distributed import Processes
 from qcompile.ir import QParams
 
@@ -22,13 +22,23 @@ _ENORMOUS = 1e30  # beyond this a value is a mask ("minus infinity"), not a meas
 TINY = 2.0**-100  # a smaller scale would leave float32 once multiplied with another
 
 
+def quantizations(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """(scales, zero points) of the ranges [low, high], each widened to hold zero; all are float64 of one shape.
+
+    The scales are float32 values and the zero points integers. A constant zero gets scale 1.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / (QMAX - QMIN)).to(torch.float32).to(torch.float64)
+    tiny = scale < TINY
+    scale = torch.where(tiny, torch.where(high == low, 1.0, TINY), scale)
+    zero_point = torch.round(QMIN - low / scale).clamp(QMIN, QMAX)
+    return scale, torch.where(tiny, 0.0, zero_point)
+
+
 def qparams_from_range(low: float, high: float) -> QParams:
-    """int8 quantization of [low, high], widened to hold zero. A constant zero gets scale 1."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = float32((high - low) / (QMAX - QMIN))
-    if scale < TINY:
-        return QParams(1.0 if high == low else TINY, 0)
-    return QParams(scale, max(QMIN, min(QMAX, round(QMIN - low / scale))))
+    """int8 quantization of [low, high], as `quantizations` has it."""
+    scale, zero_point = quantizations(*torch.tensor([low, high], dtype=torch.float64))
+    return QParams(float(scale), int(zero_point))
 
 
 class Observer(nn.Module, ABC):

@@ -13,9 +13,10 @@ from torch import fx, nn
 import qcompile
 from qcompile.config import QuantConfig
 from qcompile.errors import CalibrationWarning, ConfigError
-from qcompile.histograms import LeastSquares, Percentile
+from qcompile.histograms import Percentile
 from qcompile.ir import Program, constant
 from qcompile.observers import MinMax, MovingAverage, Observer
+from qcompile.searches import Entropy, LearnedStep, LeastSquares
 
 X = (randn(1, 4, 6, 6),)
 
@@ -39,10 +40,15 @@ def _observer(program: Program, node: fx.Node) -> Observer:
         ("moving_average", MovingAverage),
         ("percentile", Percentile),
         ("mse", LeastSquares),
+        ("lsq", LearnedStep),
+        ("entropy", Entropy),
     ],
 )
 def test_every_activation_has_the_observer_that_is_asked_for(name: str, kind: type) -> None:
     assert {type(observer) for observer in observers(QuantConfig(name)).values()} == {kind}
+    for one in ("minmax", "entropy"):
+        alone = observers(QuantConfig(one, overrides={"first": {"observer": name}}))
+        assert type(alone["relu"]) is kind
 
 
 def test_an_override_holds_for_what_a_layer_computes_with_what_it_absorbs() -> None:
@@ -97,6 +103,8 @@ def test_layers_are_excluded_by_type() -> None:
         ({"preset": "bets"}, r"unknown preset(.|\n)*did you mean best"),
         ({"percentile": 99.0}, r"no activation is observed by 'percentile'(.|\n)*add observer='percentile'"),
         ({"observer": "mse", "averaging": 0.2}, "no activation is observed by 'moving_average'"),
+        ({"observer": "entropy", "percentile": 99.0}, "no activation is observed by 'percentile'"),
+        ({"observer": "entropi"}, r"unknown observer(.|\n)*did you mean entropy"),
         ({"observer": "percentile", "percentile": 101}, "percentile is 101"),
         ({"overrides": {"a": {"percentile": 99.0}}}, r"is for the observer 'percentile', not for 'minmax'"),
         ({"overrides": {"a": {"bits": 4}}}, r"unknown option 'bits'(.|\n)*observer, percentile, averaging"),

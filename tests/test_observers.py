@@ -14,10 +14,11 @@ from torch import Tensor
 from qcompile.arith import QMAX, QMIN
 from qcompile.config import OBSERVERS, QuantConfig
 from qcompile.distributed import Processes, processes
-from qcompile.histograms import BINS, Histogram, LeastSquares, Percentile
+from qcompile.histograms import BINS, Histogram, Percentile
 from qcompile.ir import QParams
 from qcompile.observers import MinMax, MovingAverage, Observer, qparams_from_range
 from qcompile.passes.insert_observers import make
+from qcompile.searches import Entropy, LearnedStep, LeastSquares
 
 
 def observed(observer: Observer, *batches: Tensor) -> Observer:
@@ -55,7 +56,7 @@ def test_every_observer_takes_any_finite_values(name: str, values: Tensor) -> No
     assert squared_error(values, q) <= len(values) * (largest / 20) ** 2
 
 
-@pytest.mark.parametrize("kind", [LeastSquares, lambda: Percentile(99.0)])
+@pytest.mark.parametrize("kind", [LeastSquares, LearnedStep, Entropy, lambda: Percentile(99.0)])
 def test_a_histogram_depends_on_no_order(kind: Callable[[], Histogram]) -> None:
     batches = [10.0**i * randn(300, seed=i) for i in range(-3, 3)] + [torch.tensor([64.0, -64.0, 0.0, -1e-9])]
     there, back = kind(), kind()

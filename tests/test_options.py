@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import qcompile
+from qcompile.config import OBSERVERS
 from qcompile.errors import ConfigError, InputError, StrictError
 from qcompile.runtime import Model
 
@@ -61,7 +62,7 @@ def test_an_automatic_dimension_takes_a_single_image_too() -> None:
 # --- configuration -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile"])
+@pytest.mark.parametrize("observer", OBSERVERS)
 def test_every_observer_gives_an_exact_and_useful_model(observer: str) -> None:
     model, data = network(), images()
     result = qcompile.compile(model, calibration=data, config=qcompile.QuantConfig(observer=observer))
