@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir import Program, add_constant, constant, is_constant, is_tensor, origin, shape_of
+from qcompile.ir import MOMENTS, Program, add_constant, constant, is_constant, is_tensor, origin, shape_of
 from qcompile.ops.conv import argument
 from qcompile.ops.unary import clamp_bounds
 
@@ -153,6 +153,8 @@ def move(program: Program, link: Link, factors: Tensor) -> None:
     for at in _places(link.maker):
         if argument(link.maker, at, None) is not None:
             _replace(program, link.maker, at, lambda w: w * factors.reshape(-1, *[1] * (w.dim() - 1)))
+    if MOMENTS in link.maker.meta:
+        link.maker.meta[MOMENTS] = link.maker.meta[MOMENTS].scaled(factors)
     for reader in link.readers:
         _replace(program, reader, 1, lambda w, reader=reader: w / per_column(reader, w, factors))
 
