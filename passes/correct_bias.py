@@ -3,12 +3,12 @@
     empirical    E f(v[c] + d[c]) = E f(y[c])                bias = that of the quantized layer + d
     analytic     d[c] = sum_k (w - w_q)[c, k] E x[k]         bias = that of the float layer + d
 
-v is what the layer computes in the quantized graph, y what it does in the float graph, and f the clamp (relu, relu6)
-behind it.
+v is what the layer computes in the quantized graph, y what it does in the float graph, and f the function of one value
+(relu6, silu) that reads it, if one does.
 
 Empirical: layer after layer, over samples and positions, so that each also makes up for the layers before it. The mean
-is taken behind the clamp. In front of it, most values of a sparse channel are ones that the clamp removes: errors there
-would decide the bias, and shift the values that pass.
+is taken behind f. In front of a relu, most values of a sparse channel are ones that it removes: errors there would
+decide the bias, and shift the values that pass. So a layer keeps its bias where f reads its sum with another tensor.
 
 Analytic: what the layer's own weights shift, without data. What a batch norm has made is taken to be normal, with mean
 m = beta and deviation s = |gamma|; behind a clamp to [a, b], with A = (a - m) / s and B = (b - m) / s,
@@ -32,20 +32,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from qcompile.errors import ConfigError
+from qcompile import ops
+from qcompile.errors import CalibrationError, ConfigError
 from qcompile.ir import MOMENTS, Moments, Program, Property, constant, shape_of
 from qcompile.ops.conv import argument
 from qcompile.ops.unary import clamp_bounds
 from qcompile.passes.base import Context, Pass
 from qcompile.qdq import is_dequantize, is_quantize
-from qcompile.sites import only_user
+from qcompile.sites import only_user, other_operand
 from qcompile.twins import Layer, is_layer, layers, set_bias
 
 aten = torch.ops.aten
 METHODS = ("empirical", "analytic")
-_STEPS = 5  # of Newton's method; errors are small, and two are mostly enough
-_RARE = 1e-3  # a channel that passes the clamp more rarely says too little of itself
-_SETTLED = 1e-6  # of the deviation of a channel
+_STEPS = 4  # of Newton's method; errors are small, and two are mostly enough
+_STEP = 0.01  # with which a slope is measured, of the deviation of a channel
+_FLAT = 1e-3  # a channel whose mean follows its bias less (relu hardly ever lets it pass) says too little of itself
+_SETTLED = 1e-4  # of the deviation of a channel
 _WIDE = 256  # for a size that is not known: borders hardly count
 
 
@@ -58,6 +60,7 @@ class CorrectBias(Pass):
 
     Raises:
         ConfigError: there is no such method.
+        CalibrationError: the method is "empirical", and calibration kept no samples.
     """
 
     name: ClassVar[str] = "correct_bias"
@@ -82,47 +85,80 @@ def _empirical(program: Program, context: Context) -> bool:
 
     def visit(layer: Layer) -> None:
         nonlocal changed
-        shift = _shift(*_values(layer), _clamp_behind(layer.node))
+        behind = _behind(layer.node)
+        if behind is not None and other_operand(behind, _last_quantization(layer.node)) is not None:
+            sum_behind = _behind(behind)
+            if sum_behind is not None and _is_function(sum_behind):
+                reason = f"{sum_behind.name} reads the sum of it and another, and its mean decides"
+                return program.ledger.decline(CorrectBias.name, layer.node, reason)
+        shift = _shift(layer, behind if behind is not None and _is_function(behind) else None)
         if bool(shift.any()):
-            old = layer.bias
-            layer.set_bias(shift if old is None else old.double() + shift)
+            layer.set_bias(shift if layer.bias is None else layer.bias.double() + shift)
             changed = True
 
-    if context.samples:
-        for done, total in layers(program, context.samples, context.originals, visit):
-            context.report("correct bias", done, total)
+    if not context.samples and any(is_layer(node, context.originals) for node in program.graph.nodes):
+        raise CalibrationError(
+            "calibration kept no samples to correct biases by",
+            where="pass 'correct_bias'",
+            remedy="use another preset than 'fast', which keeps none (or none, and observer='mse'), or the method "
+            "'analytic'",
+        )
+    for done, total in layers(program, context.samples, context.originals, visit):
+        context.report("correct bias", done, total)
     return changed
 
 
-def _values(layer: Layer) -> tuple[Tensor, Tensor]:
-    """What the layer computes, (channels, positions of all samples): in the quantized graph, and in float."""
+def _last_quantization(node: fx.Node) -> fx.Node:
+    """`node`, or the last of the quantizations that alone read it."""
+    user = only_user(node)
+    return _last_quantization(user) if user is not None and (is_quantize(user) or is_dequantize(user)) else node
+
+
+def _behind(node: fx.Node) -> fx.Node | None:
+    """What alone reads `node`, past quantizations."""
+    return only_user(_last_quantization(node))
+
+
+def _is_function(node: fx.Node) -> bool:
+    """Whether it computes each value from one value."""
+    row, _ = ops.match(node)
+    return row is not None and row.name == "lookup"
+
+
+def _shift(layer: Layer, behind: fx.Node | None) -> Tensor:
+    """d (channels,) float64: the best of some steps of Newton's method, so never worse than none."""
     target: Any = layer.node.target
+    axis = -1 if target is aten.linear.default else 1
     weight = layer.q.float() * layer.scale.reshape(-1, *[1] * (layer.q.dim() - 1))
     made = [target(x, weight, layer.bias, *layer.node.args[3:]) for x in layer.inputs]
-    axis = -1 if target is aten.linear.default else 1
-    quantized, real = (torch.cat([y.movedim(axis, 0).flatten(1) for y in each], 1) for each in (made, layer.outputs))
-    return quantized, real
+    along = [1] * (made[0].dim() - 1 - axis % made[0].dim())
 
+    def mean(values: list[Tensor], shift: Tensor) -> Tensor:
+        """Of what comes out behind, for each channel."""
+        out = [_apply(behind, layer, v + shift.float().reshape(-1, *along)).movedim(axis, 0).flatten(1) for v in values]
+        count = sum(o.shape[1] for o in out)
+        return torch.stack([o.sum(1, dtype=torch.float64) for o in out]).sum(0) / count
 
-def _clamp_behind(node: fx.Node) -> Callable[[Tensor], Tensor]:
-    user = only_user(node)
-    low, high = (user is not None and clamp_bounds(user)) or (None, None)
-    return lambda x: x if low is None and high is None else x.clamp(low, high)
-
-
-def _shift(quantized: Tensor, real: Tensor, clamp: Callable[[Tensor], Tensor]) -> Tensor:
-    """d (channels,) float64: the best of some Newton steps, so never worse than none."""
-    wanted, deviation = clamp(real).mean(1, dtype=torch.float64), real.std(1).double()
-    shift = best = torch.zeros_like(wanted)
-    lowest = torch.full_like(wanted, torch.inf)
+    none = torch.zeros(len(layer.q), dtype=torch.float64)
+    deviation = torch.cat([y.movedim(axis, 0).flatten(1) for y in layer.outputs], 1).std(1).double()
+    step = _STEP * deviation.clamp(min=torch.finfo(torch.float32).tiny)
+    wanted, shift, best, lowest = mean(layer.outputs, none), none, none, torch.full_like(none, torch.inf)
     for _ in range(_STEPS):
-        moved = quantized + shift[:, None].float()
-        out = clamp(moved)
-        missing, passing = wanted - out.mean(1, dtype=torch.float64), (out == moved).double().mean(1)
+        out = mean(made, shift)
+        missing, slope = wanted - out, (mean(made, shift + step) - out) / step
         better = missing.abs() < lowest
         best, lowest = torch.where(better, shift, best), torch.where(better, missing.abs(), lowest)
-        shift = shift + torch.where(passing > _RARE, missing / passing.clamp(min=_RARE), 0.0)
+        shift = shift + torch.where(slope > _FLAT, missing / slope.clamp(min=_FLAT), 0.0)
     return torch.where(best.abs() > _SETTLED * deviation, best, 0.0)
+
+
+def _apply(function: fx.Node | None, layer: Layer, x: Tensor) -> Tensor:
+    if function is None:
+        return x
+    read = _last_quantization(layer.node)
+    args = fx.map_arg(function.args, lambda n: x if n is read else constant(layer.program.graph_module, n))
+    target: Any = function.target
+    return target(*args, **function.kwargs)
 
 
 # --- analytic -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from passing import images, network, randn, randomize, sqnr
+from passing import Block, images, network, randn, randomize, refusal, sqnr
 from torch import Tensor, nn
 
 import qcompile
@@ -47,6 +47,8 @@ MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "convolution": (conv(3, 6), (2, 3, 7, 6)),
     "relu": (conv(3, 6, nn.ReLU()), (2, 3, 7, 6)),
     "relu6": (conv(3, 6, nn.BatchNorm2d(6), nn.ReLU6()), (2, 3, 7, 6)),
+    "silu": (conv(3, 6, nn.SiLU()), (2, 3, 7, 6)),
+    "slopes": (conv(3, 6, nn.PReLU(6)), (2, 3, 7, 6)),
     "depthwise": (conv(6, 6, nn.ReLU(), groups=6), (1, 6, 9, 9)),
     "no bias": (nn.Sequential(nn.Conv1d(4, 6, 3, bias=False), nn.ReLU()), (2, 4, 11)),
     "linear": (nn.Sequential(nn.Linear(9, 4), nn.ReLU()), (2, 5, 9)),
@@ -85,10 +87,19 @@ def test_behind_the_clamp_every_channel_has_its_float_mean(case: str) -> None:
     assert not corrected(program, context)
 
 
-def test_without_samples_nothing_is_corrected() -> None:
-    program, context = quantized(randomize(conv(3, 6)), [randn(2, 3, 7, 6)])
-    context.samples.clear()
-    assert not CorrectBias().run(program, context)
+def test_a_sum_that_a_relu_reads_is_left_to_itself() -> None:
+    program, context = quantized(randomize(Block()), [randn(2, 4, 6, 6, seed=i) for i in range(8)], bits=4)
+    assert corrected(program, context)
+    ((node, reason),) = [(name, why) for rule, name, why in program.ledger.declined if rule == "correct_bias"]
+    assert "reads the sum" in reason
+    convolutions = [n.name for n in program.graph.nodes if str(n.target) == "aten.conv2d.default"]
+    assert node == convolutions[1]
+
+
+def test_without_samples_there_is_an_error() -> None:
+    pipeline, config = default_pipeline().after("quantize", CorrectBias()), QuantConfig(preset="fast")
+    error = refusal(network(), images(16), config=config, pipeline=pipeline)
+    assert "kept no samples" in str(error)
 
 
 def test_a_second_recovery_is_held_to_the_float_network_too() -> None:
