@@ -148,6 +148,15 @@ def weight_of(program: Program, node: fx.Node) -> Tensor:
     return constant(program.graph_module, held).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
 
 
+def bias_of(program: Program, maker: fx.Node) -> Tensor:
+    """A copy of the bias (channels,) of a maker, float64; zeros where it has none."""
+    weight, *bias = _constants(maker)
+    held = next((node for node in bias if node is not None), None)
+    if held is None:
+        return torch.zeros(shape_of(weight)[0], dtype=torch.float64)  # type: ignore[arg-type]
+    return constant(program.graph_module, held).to(torch.float64, copy=True)
+
+
 def move(program: Program, link: Link, factors: Tensor) -> None:
     """Multiply what the maker makes by `factors` (channels), and divide the readers' columns by them."""
     for at in _places(link.maker):

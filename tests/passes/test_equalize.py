@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from uneven import SIZE, separable, uneven
 
 import qcompile
-from qcompile.channels import LAYERS, Link, columns, link, rows, weight_of
+from qcompile.channels import LAYERS, Link, bias_of, columns, link, rows, weight_of
 from qcompile.config import QuantConfig
 from qcompile.ir import Program
 from qcompile.passes import Context, default_pipeline
-from qcompile.passes.equalize import Equalize
+from qcompile.passes.equalize import Equalize, strength
 
 PIPELINE = default_pipeline().after("fold_batchnorm", Equalize())
 RELU = nn.ReLU()
@@ -30,10 +30,13 @@ def spread(program: Program) -> float:
     """How far apart the two sides of a channel are at most, over all links: the ratio of their strengths."""
     links = [found for node in program.graph.nodes if isinstance(found := _link(node), Link)]
     sides = [
-        (rows(weight_of(program, each.maker)), torch.cat([columns(r, weight_of(program, r)) for r in each.readers], 1))
+        (
+            strength(weight_of(program, each.maker), bias_of(program, each.maker)),
+            torch.cat([columns(r, weight_of(program, r)) for r in each.readers], 1).abs().amax(1),
+        )
         for each in links
     ]
-    ratios = [(one.abs().amax(1) / other.abs().amax(1)).log().abs().max().exp() for one, other in sides]
+    ratios = [(one / other).log().abs().max().exp() for one, other in sides]
     return float(torch.stack(ratios).max())
 
 
@@ -168,7 +171,7 @@ def test_a_dead_channel_keeps_its_strength() -> None:
     """Without weights on one side there is nothing to be alike to."""
     first, second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
     model = randomize(nn.Sequential(first, nn.ReLU(), second))
-    first.weight.data[2] = 0
+    first.weight.data[2] = first.bias.data[2] = 0  # type: ignore[union-attr]
     second.weight.data[:, 4] = 0
     program = run_until("fold_batchnorm", model, X)
     assert Equalize().run(program, Context())
@@ -176,6 +179,20 @@ def test_a_dead_channel_keeps_its_strength() -> None:
     assert torch.equal(rows(weight_of(program, makes))[4], rows(first.weight.detach().double())[4])
     assert torch.equal(columns(reads, weight_of(program, reads))[2], second.weight.detach().double()[:, 2, 0, 0])
     assert same_values(program, model, (randn(1, 3, 7, 7, seed=2),))
+
+
+def test_a_channel_of_nothing_but_a_bias_is_not_made_the_strongest() -> None:
+    """As a batch norm leaves it whose weight has gone to zero."""
+    first = nn.Conv2d(3, 6, 1)
+    model = randomize(nn.Sequential(first, nn.ReLU(), nn.Conv2d(6, 4, 1)))
+    first.weight.data[1] *= 1e-6
+    first.bias.data[1] = 0.5  # type: ignore[union-attr]
+    program = run_until("fold_batchnorm", model, X)
+    assert Equalize().run(program, Context())
+    maker = next(node for node in program.graph.nodes if "conv2d" in str(node.target))
+    bias = bias_of(program, maker)
+    assert bias[1] < 3 * rows(weight_of(program, maker)).abs().max()
+    assert same_values(program, model, (randn(1, 3, 7, 7, seed=3),))
 
 
 def test_a_rewrite_limit_counts_links() -> None:
