@@ -92,7 +92,9 @@ def _no_zeros(strength: Tensor) -> Tensor:
 def _measure(program: Program, context: Context, links: list[Link], samples: int) -> None:
     """Put the largest magnitude of each channel that the readers of each link see into `context.maxima`."""
     if context.calibration is None:
-        raise CalibrationError("no calibration data", where="pass 'smooth'", remedy="pass calibration=...")
+        raise CalibrationError(
+            "no calibration data", where="pass 'smooth'", remedy="pass calibration=an iterable of typical inputs"
+        )
     if not isinstance(context.calibration, Batches):
         context.calibration = Batches(context.calibration)
     together = processes()
