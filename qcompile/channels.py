@@ -62,6 +62,8 @@ def link(maker: fx.Node) -> Link | str:
         return "its weights are computed at run time"
     if maker.target in _NORMS and maker.target is not aten.group_norm.default and len(maker.args[1]) != 1:  # type: ignore[arg-type]
         return "it normalizes more than one dimension"
+    if maker.target in _CONVOLUTIONS and len(shape_of(maker)) != len(shape_of(maker.args[1])):  # type: ignore[arg-type]
+        return "its input has no batch dimension"
     last = maker.target not in (*_CONVOLUTIONS, aten.group_norm.default)
     readers: list[fx.Node] = []
     reason = _walk(maker, len(shape_of(maker)) - 1 if last else 1, readers)

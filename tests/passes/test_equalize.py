@@ -153,6 +153,7 @@ DECLINES = {
     "output": (nn.Conv2d(3, 4, 1), X, "output of the model"),
     "space in the features": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(100, 2)), X, "moves the"),
     "computed weights": (WeightOfInput(), (randn(2, 4), randn(3, 6)), "at run time"),
+    "no batch": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), (randn(3, 5, 5),), "no batch dimension"),
     "another dimension": (AcrossChannels(), X, "another dimension"),
 }
 
