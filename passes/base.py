@@ -31,7 +31,9 @@ class Context:
         rewrite_limit: run only the first so many rewrites (to bisect a wrong one); None for all.
         objection: the target's capability, or None for everything in the op table.
         samples: the first inputs that calibration read, for passes that run the model again.
-        originals: name of a node of the qdq graph -> the float weight that it stands for.
+        originals: name of a node of the qdq graph -> the float weight, or bias, that it stands for.
+        maxima: name of a node -> the largest magnitude of each channel that it makes, as the layers behind it read
+            them. A pass that needs them measures those that are not here, so the same graph can be made again.
         rewrites: every rewrite made, in order: (rule, node).
     """
 
@@ -42,6 +44,7 @@ class Context:
     objection: Objection | None = None
     samples: list[list[Tensor]] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
     rewrites: list[tuple[str, str]] = field(default_factory=list)
 
     def spend(self, rule: str, node: fx.Node) -> bool:

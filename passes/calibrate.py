@@ -54,15 +54,8 @@ class Calibrate(Pass):
         length = length_hint(context.calibration, -1)
         total = length if length >= 0 else None
         together = processes()
-        try:
+        with together.succeed("calibration"):
             samples = self._feed(program, context, total)
-        except BaseException:
-            together.largest(1.0)
-            raise
-        if together.largest(0.0):
-            raise CalibrationError(
-                "calibration failed in another process", remedy="see what that process says; each says its own error"
-            )
         for module in program.graph_module.modules():
             if isinstance(module, Observer):
                 module.merge(together)

@@ -3,6 +3,8 @@
     bn(y) = (y - mean) * g + beta,   g = gamma / sqrt(var + eps)
     bn(conv(x, w) + b) = conv(x, w * g[c]) + (b - mean) * g + beta
 
+The layer keeps in its meta what the batch norm says of its values: mean beta, deviation |gamma|.
+
 The algebra runs in float64. A batch norm that follows nothing foldable (in pre-activation networks it
 follows an add or a cat) becomes a depthwise 1x1 convolution with weight g and bias beta - mean * g:
 the same values, and a row of the op table takes it.
@@ -18,7 +20,18 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import rewrite
-from qcompile.ir import Origin, Program, Property, add_constant, constant, is_constant, origin, shape_of
+from qcompile.ir import (
+    MOMENTS,
+    Moments,
+    Origin,
+    Program,
+    Property,
+    add_constant,
+    constant,
+    is_constant,
+    origin,
+    shape_of,
+)
 from qcompile.passes.base import Context, Pass
 from qcompile.rewrite import Rule, call
 from qcompile.sites import only_user
@@ -63,6 +76,14 @@ def affine(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:
         g = g * constant(program.graph_module, weight).to(torch.float64)
     shift = -mean * g
     return g, shift if bias is None else shift + constant(program.graph_module, bias).to(torch.float64)
+
+
+def moments(program: Program, norm: fx.Node) -> Moments:
+    """Of what the batch norm makes: it normalizes, then scales and shifts."""
+    (weight, bias, mean, _), _ = _statistics(norm)
+    like = constant(program.graph_module, mean).to(torch.float64)
+    deviation = torch.ones_like(like) if weight is None else constant(program.graph_module, weight).double().abs()
+    return Moments(torch.zeros_like(like) if bias is None else constant(program.graph_module, bias).double(), deviation)
 
 
 def objection_to_norm(node: fx.Node) -> str | None:
@@ -111,7 +132,9 @@ def _fold(program: Program, node: fx.Node) -> fx.Node:
         of_bias = Origin(of_weight.sibling("bias").path, of_bias.trainable)
     new_weight = add_constant(program.graph_module, f"{weight_node.target}_folded", weight.float(), of_weight)
     new_bias = add_constant(program.graph_module, f"{weight_node.target}_folded_bias", shift.float(), of_bias)
-    return call(program, before, before.target, before.args[0], new_weight, new_bias, *before.args[3:])
+    new = call(program, before, before.target, before.args[0], new_weight, new_bias, *before.args[3:])
+    new.meta[MOMENTS] = moments(program, norm)
+    return new
 
 
 def _check_depthwise(program: Program, node: fx.Node) -> str | None:
@@ -140,6 +163,7 @@ def _to_depthwise(program: Program, node: fx.Node) -> fx.Node:
     conv = aten.conv2d.default if rank == 4 else aten.conv1d.default
     geometry = ([1] * spatial, [0] * spatial, [1] * spatial, channels)
     new = call(program, norm, conv, x, weight, bias, *geometry)
+    new.meta[MOMENTS] = moments(program, norm)
     return call(program, norm, aten.squeeze.dim, new, 2) if rank == 2 else new
 
 

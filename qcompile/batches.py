@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from operator import length_hint
 from typing import Any
@@ -13,7 +14,7 @@ from qcompile.errors import CalibrationError, QcompileError
 
 
 class Batches:
-    """Iterates over the user's data once; `first` looks at the first batch without taking it away.
+    """Iterates over the user's data once; `ahead` and `first` look at batches without taking them away.
 
     Args:
         what: what errors call the data, and `kind` their class.
@@ -34,7 +35,7 @@ class Batches:
         except TypeError as error:
             raise kind(f"the {what} data is a {type(data).__name__}, which is not iterable", remedy=remedy) from error
         self._length = length_hint(data, -1)
-        self._waiting: list[Any] = []
+        self._waiting: deque[Any] = deque()
         self._taken = 0
 
     def __length_hint__(self) -> int:
@@ -44,8 +45,9 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        if self._waiting:
-            return self._waiting.pop()
+        return self._waiting.popleft() if self._waiting else self._read()
+
+    def _read(self) -> Any:
         try:
             batch = next(self._rest)
         except StopIteration:
@@ -59,14 +61,24 @@ class Batches:
         self._taken += 1
         return batch
 
+    def ahead(self) -> Iterator[Any]:
+        """The batches from here on, which will be read again; each that is taken from this is kept until then."""
+        yield from tuple(self._waiting)
+        while True:
+            try:
+                batch = self._read()
+            except StopIteration:
+                return
+            self._waiting.append(batch)
+            yield batch
+
     def first(self) -> Any:
         """The first batch, which will be read again.
 
         Raises:
             CalibrationError: there is none.
         """
-        for batch in self:
-            self._waiting.append(batch)
+        for batch in self.ahead():
             return batch
         raise empty()
 

@@ -7,10 +7,14 @@ whole, as `torch.utils.data.DistributedSampler` deals them out. All processes mu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from qcompile.errors import CalibrationError
 
 
 class Processes(ABC):
@@ -31,9 +35,30 @@ class Processes(ABC):
     def sum(self, value: Tensor) -> Tensor:
         """The sum of all their values: tensors of float64 and one shape."""
 
+    @abstractmethod
+    def largest_each(self, value: Tensor) -> Tensor:
+        """The largest of their values, element by element: tensors of one type and shape."""
+
     def largest(self, value: float) -> float:
         """The largest `value` that any of them gives."""
         return -self.smallest(-value)
+
+    @contextmanager
+    def succeed(self, what: str) -> Iterator[None]:
+        """Within, each does its own part of `what`; behind it all go on, or none does.
+
+        Raises:
+            CalibrationError: it failed in another process.
+        """
+        try:
+            yield
+        except BaseException:
+            self.largest(1.0)
+            raise
+        if self.largest(0.0):
+            raise CalibrationError(
+                f"{what} failed in another process", remedy="see what that process says; each says its own error"
+            )
 
 
 class _Alone(Processes):
@@ -43,6 +68,9 @@ class _Alone(Processes):
         return value
 
     def sum(self, value: Tensor) -> Tensor:
+        return value
+
+    def largest_each(self, value: Tensor) -> Tensor:
         return value
 
 
@@ -58,6 +86,9 @@ class _Group(Processes):
 
     def sum(self, value: Tensor) -> Tensor:
         return self._reduced(value, dist.ReduceOp.SUM)
+
+    def largest_each(self, value: Tensor) -> Tensor:
+        return self._reduced(value, dist.ReduceOp.MAX)
 
     def _reduced(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         together = value.to(self._device, copy=True)

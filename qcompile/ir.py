@@ -189,7 +189,24 @@ def constant(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     return value.detach()
 
 
+MOMENTS = "moments"  # node.meta key of a layer: the mean and deviation of each channel that it makes (see `Moments`)
 ORIGIN = "origin"  # node.meta key of a constant, and of a dequantized weight
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of each channel, as training left them: those of a batch norm that was folded into the layer.
+
+    Attributes:
+        mean, deviation: (channels,) float64.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def scaled(self, factors: Tensor) -> Moments:
+        """Of the channels times `factors` (channels,), which are positive."""
+        return Moments(self.mean * factors, self.deviation * factors)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from qcompile.sites import place, read
 class Recipe:
     """How a program was made of its model: enough to make the float graph once more, node for node.
 
-    Attributes as the arguments of `quantize`.
+    Attributes as the arguments of `quantize`, and `maxima` as of its `Context`.
     """
 
     passes: tuple[Pass, ...]
@@ -38,6 +38,7 @@ class Recipe:
     dynamic_shapes: Any = None
     objection: Objection | None = None
     rewrite_limit: int | None = None
+    maxima: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -131,7 +132,9 @@ def run_passes(
     """What becomes of a `prepared` program."""
     recipe = None
     if program.stage is Stage.FLOAT:
-        recipe = Recipe(passes, context.config, dynamic_shapes, context.objection, context.rewrite_limit)
+        recipe = Recipe(
+            passes, context.config, dynamic_shapes, context.objection, context.rewrite_limit, context.maxima
+        )
     with torch.no_grad():
         records = PassManager(passes, dump).run(program, context)
     return QuantizedModel(program, records, recipe)

@@ -76,7 +76,7 @@ class Stages:
             setattr(program.graph_module, name, self._observers[name])
         program.properties.add(Property.CALIBRATED)
         records += self._run(program, (*self._quantizing, *self._fusing), context)
-        recipe = Recipe(self._passes, context.config, self._dynamic_shapes, object_to)
+        recipe = Recipe(self._passes, context.config, self._dynamic_shapes, object_to, maxima=context.maxima)
         return QuantizedModel(program, records, recipe)
 
     def _run(self, program: Program, passes: tuple[Pass, ...], context: Context | None = None) -> list[PassRecord]:

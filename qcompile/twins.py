@@ -33,14 +33,19 @@ class Layer:
         node: its operator.
         inputs: what it reads in the quantized graph, one tensor per sample.
         outputs: what the operator computes in the float graph.
-        original: its float weight.
+        originals: name of a node of the qdq graph -> what it was in float.
     """
 
     program: Program
     node: fx.Node
     inputs: list[Tensor]
     outputs: list[Tensor]
-    original: Tensor
+    originals: dict[str, Tensor]
+
+    @property
+    def original(self) -> Tensor:
+        """Its float weight."""
+        return self.originals[self._dequantize().name]
 
     @property
     def groups(self) -> int:
@@ -79,13 +84,7 @@ class Layer:
 
     def set_bias(self, value: Tensor) -> None:
         """Give the layer a bias of its own."""
-        weight, old = origin(self._dequantize()), origin(argument(self.node, 2, None))
-        made_of = old or (None if weight is None else weight.sibling("bias"))
-        with self.program.graph.inserting_before(self.node):
-            node = add_constant(self.program.graph_module, f"{self.node.name}_bias", value.to(torch.float32), made_of)
-        args = list(self.node.args)
-        args[2:3] = [node]
-        self.node.args = tuple(args)
+        set_bias(self.program, self.node, value, self.originals)
 
     def patches(self, x: Tensor) -> Tensor:
         """What each output of one sample is the weighted sum of: (groups, positions, taps), taps as in a row of
@@ -108,6 +107,21 @@ class Layer:
         return y.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
+def set_bias(program: Program, layer: fx.Node, value: Tensor, originals: dict[str, Tensor]) -> None:
+    """Give a layer a bias of its own; `originals` learns which bias it had in float."""
+    old, weight = argument(layer, 2, None), layer.args[1]
+    assert isinstance(weight, fx.Node)
+    of_weight = origin(weight)
+    made_of = origin(old) or (None if of_weight is None else of_weight.sibling("bias"))
+    with program.graph.inserting_before(layer):
+        node = add_constant(program.graph_module, f"{layer.name}_bias", value.to(torch.float32), made_of)
+    given = torch.zeros_like(value, dtype=torch.float32) if old is None else constant(program.graph_module, old)
+    originals[node.name] = given if old is None else originals.get(old.name, given)
+    args = list(layer.args)
+    args[2:3] = [node]
+    layer.args = tuple(args)
+
+
 def layers(
     program: Program, samples: list[list[Tensor]], originals: dict[str, Tensor], visit: Any
 ) -> Iterator[tuple[int, int]]:
@@ -117,14 +131,14 @@ def layers(
         samples: inputs of the model.
         originals: name of a node of the qdq graph -> what it was in float.
     """
-    weighted = [node for node in program.graph.nodes if _is_layer(node, originals)]
+    weighted = [node for node in program.graph.nodes if is_layer(node, originals)]
     run, done = _Run(program, samples, originals), 0
     for node in list(program.graph.nodes):
         if node in weighted:
             outputs = run.step(node, True)
             run.set(node, True, outputs)
             x: Any = node.args[0]
-            visit(Layer(program, node, run.quantized[x], outputs, originals[str(node.args[1])]))
+            visit(Layer(program, node, run.quantized[x], outputs, originals))
             run.enter_constants(node)
             run.set(node, False, run.step(node, False))
             done += 1
@@ -135,7 +149,7 @@ def layers(
         run.forget(node)
 
 
-def _is_layer(node: fx.Node, originals: dict[str, Tensor]) -> bool:
+def is_layer(node: fx.Node, originals: dict[str, Tensor]) -> bool:
     """Whether it has a weight of its own, of which the float one is known."""
     row = ops.find(node)
     if row is None or row.weight_arg is None:

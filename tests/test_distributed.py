@@ -16,6 +16,8 @@ sys.path.insert(0, sys.argv[1])
 from passing import network, randn
 import qcompile
 from qcompile.config import OBSERVERS
+from qcompile.passes import default_pipeline
+from qcompile.passes.smooth import Smooth
 
 rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 torch.set_num_threads(1)
@@ -34,6 +36,10 @@ for observer in OBSERVERS:
         break
     x = randn(2, 3, 10, 10, seed=99)
     found[observer] = [float(v) for v in program(x)[0].flatten()]
+else:
+    pipeline = default_pipeline().after("fold_batchnorm", Smooth(samples=18))
+    smoothed = qcompile.quantize(network(), calibration=batches[rank::count], pipeline=pipeline)
+    found["smooth"] = [float(v) for v in smoothed(x).flatten()]
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
     json.dump(found, file)
 """

@@ -42,7 +42,9 @@ def original(program: Program, recipe: Recipe | None, model: nn.Module | Exporte
             remedy="diagnose what was quantized here, from the float model; qcompile.evaluate compares the outputs",
         )
     captured = capture(model, example, None if isinstance(model, ExportedProgram) else recipe.dynamic_shapes)
-    context = Context(recipe.config, rewrite_limit=recipe.rewrite_limit, objection=recipe.objection)
+    context = Context(
+        recipe.config, rewrite_limit=recipe.rewrite_limit, objection=recipe.objection, maxima=recipe.maxima
+    )
     with torch.no_grad():
         PassManager(tuple(float_half(recipe.passes))).run(captured, context)
     _check_same(program, captured)
