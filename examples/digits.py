@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sklearn.datasets
 import sklearn.model_selection
@@ -80,7 +80,7 @@ class Residual(nn.Module):
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 12, rate: float = 3e-3) -> nn.Module:
     """Fit `model` and return it in eval mode. The order of the samples follows from torch's seed."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
     steps = epochs * -(-len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     model.train()
@@ -100,15 +100,17 @@ def accuracy(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) 
 
 
 def compile(model: nn.Module, images: Tensor, config: qcompile.QuantConfig) -> qcompile.CompiledModel:
-    """For any batch, all layers integer, calibrated on the first `images`."""
-    return qcompile.compile(
-        model,
-        example_inputs=images[:2],
-        calibration=images[:CALIBRATION].split(1),
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},),
-        config=config,
-        strict=True,
-    )
+    """All layers integer; see `inputs`."""
+    return qcompile.compile(model, **inputs(images), config=config, strict=True)
+
+
+def inputs(images: Tensor) -> dict[str, Any]:
+    """How to capture the network for any batch, and calibrate it on the first `images`."""
+    return {
+        "example_inputs": images[:2],
+        "calibration": images[:CALIBRATION].split(1),
+        "dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=1024)},),
+    }
 
 
 def main() -> None:
