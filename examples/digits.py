@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import sklearn.datasets
 import sklearn.model_selection
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qcompile
+
+Trained = TypeVar("Trained", bound=nn.Module)
 
 HELD_OUT = 600  # of the 1,797 digits
 CALIBRATION = 256
@@ -78,7 +80,7 @@ class Residual(nn.Module):
         return functional.relu(x + self.norm(self.convolution(x)))
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 12, rate: float = 3e-3) -> nn.Module:
+def train(model: Trained, images: Tensor, labels: Tensor, epochs: int = 12, rate: float = 3e-3) -> Trained:
     """Fit `model` and return it in eval mode. The order of the samples follows from torch's seed."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
     steps = epochs * -(-len(images) // 64)

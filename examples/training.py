@@ -10,6 +10,7 @@ Prints, for three seeds, the accuracy on held-out digits of
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -51,12 +52,20 @@ class Tuned(NamedTuple):
     fine_tuned: float
 
 
+@cache
+def pretrained(seed: int) -> nn.Sequential:
+    """A network that learned all digits in float."""
+    data = digits.load(seed)
+    torch.manual_seed(seed)
+    return train(separable_network(), data.images, data.labels)
+
+
 def few_bits(seed: int, weight_bits: int = 2) -> Tuned:
     """A trained network, its weights quantized, and these trained on."""
     data = digits.load(seed)
     held_out = data.held_out_images, data.held_out_labels
+    model = pretrained(seed)
     torch.manual_seed(seed)
-    model = train(separable_network(), data.images, data.labels)
     config = qcompile.QuantConfig(weight_bits=weight_bits)
     trainable = qcompile.prepare_qat(model, **digits.inputs(data.images), config=config)
     after_training = qcompile.quantize(trainable)
