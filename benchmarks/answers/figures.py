@@ -64,3 +64,9 @@ def span(values: Any, form: str) -> str:
     values = list(values)
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"
+
+
+def trainings(seeds: Any) -> str:
+    """How many networks a mean is over."""
+    count = len(seeds)
+    return "one training" if count == 1 else f"means over {count} trainings"

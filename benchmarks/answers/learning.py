@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import qcompile
-from benchmarks.answers.figures import PER_CENT, POINTS, TEXT, Figures, mean, span
+from benchmarks.answers.figures import PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from benchmarks.answers.jobs import Job
 from examples import digits
 from examples.digits import CALIBRATION
@@ -73,7 +73,7 @@ def figures(found: dict[str, Any], options: Any) -> dict[str, Figures]:
     transfers = [[ENTERED, *found[ENTERED]], [OWN, mean(heads[0]), mean(heads[2])]]
     transfer = [[*row, 100 * (row[2] - row[1])] for row in transfers]
     backbones = {"float backbone": PER_CENT, "int8 backbone": PER_CENT, "points": POINTS}
-    notes = [f"Means over {len(options.seeds)} trainings."]
+    notes = [f"Digits: {trainings(options.seeds)}."]
     return {
         "fine_tuning": Figures({"bits of a weight": TEXT, **fine, "points won": POINTS}, rows, notes),
         "transfer": Figures({"from, to": TEXT, **backbones}, transfer, notes),

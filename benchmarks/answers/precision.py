@@ -8,7 +8,7 @@ import torch
 
 import qcompile
 from benchmarks.answers import networks
-from benchmarks.answers.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span
+from benchmarks.answers.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import DIGITS, LITE0
 from benchmarks.fidelity import fidelity
@@ -63,7 +63,7 @@ def figures(found: dict[str, Any], options: Any) -> dict[str, Figures]:
         rows += [[bits, preset or "none", *part] for preset, part in zip(COMPARED, cells, strict=True)]
     columns = {f"{LITE0}, SQNR": DECIBELS, "same top label": PER_CENT}
     on = {f"{DIGITS}, accuracy": PER_CENT, "points to float": POINTS}
-    notes = [f"{DIGITS}: means over {len(options.seeds)} trainings. {LITE0}: {networks.HELD_OUT} crops."]
+    notes = [f"{DIGITS}: {trainings(options.seeds)}. {LITE0}: {networks.HELD_OUT} crops."]
     return {
         "presets": Figures({"preset": TEXT, **columns, **on}, presets, notes),
         "bits": Figures({"bits of a weight": TEXT, "preset": TEXT, **on, **columns}, rows, notes),

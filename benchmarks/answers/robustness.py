@@ -6,7 +6,7 @@ from typing import Any
 
 import qcompile
 from benchmarks.answers import networks
-from benchmarks.answers.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span
+from benchmarks.answers.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import DIGITS, LITE0
 from examples import digits
@@ -63,7 +63,7 @@ def figures(found: dict[str, Any], options: Any) -> dict[str, Figures]:
         f"{LITE0}, SQNR": DECIBELS,
         "same top label": PER_CENT,
     }
-    notes = [f"{DIGITS}: means over {len(options.seeds)} trainings. {LITE0}: {CROPS} crops."]
+    notes = [f"{DIGITS}: {trainings(options.seeds)}. {LITE0}: {CROPS} crops."]
     return {"robustness": Figures(columns, rows, notes)}
 
 
