@@ -26,6 +26,7 @@ class Network(NamedTuple):
 
 
 @cache
+@torch.enable_grad()  # whoever asks for it may need none
 def trained(seed: int) -> tuple[digits.Digits, nn.Module]:
     """The digits dealt out by `seed`, and the network that learned them."""
     data = digits.load(seed)
