@@ -6,7 +6,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench bench-quality bench-avx2 litert arm-tools clean
+.PHONY: help demo test test-all lint docs bench bench-quality bench-answers bench-avx2 litert arm-tools clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ bench: .venv/installed-bench litert ## measure against the other engines, side b
 
 bench-quality: .venv/installed-bench ## measure the accuracy that each preset and the other tools keep, on two networks
 	$(BIN)/python -m benchmarks.quality
+
+bench-answers: .venv/installed-bench ## measure what quantization does to precision, speed, storage and more; rewrites docs/answers.md
+	$(BIN)/python -m benchmarks.answers
 
 bench-avx2: .venv/installed-bench ## measure x86-avx2 beside ONNX Runtime held to AVX2; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks.avx2

@@ -12,10 +12,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.child import Child, Failed
 from benchmarks.engines import ENGINES
 from benchmarks.worker import Block
+
+
+class Racer(NamedTuple):
+    """What takes part: an engine, by name, with a model that it prepared."""
+
+    engine: str
+    model: Path
 
 
 @dataclass
@@ -38,9 +46,9 @@ class Measurement:
 class Worker:
     """A measuring process and what it measured."""
 
-    def __init__(self, engine: str, model: Path, threads: int, x: Path) -> None:
-        arguments = (engine, str(model), str(threads), str(x))
-        self.child = Child(ENGINES[engine].python, "benchmarks.worker", *arguments, threads=threads)
+    def __init__(self, racer: Racer, threads: int, x: Path) -> None:
+        arguments = (racer.engine, str(racer.model), str(threads), str(x))
+        self.child = Child(ENGINES[racer.engine].python, "benchmarks.worker", *arguments, threads=threads)
         self.measured = Measurement()
         try:
             self.child.wait_for("ready")
@@ -54,37 +62,37 @@ class Worker:
 
 
 def interleave(
-    models: Mapping[str, Path], threads: int, x: Path, *, rounds: int, max_rounds: int, seconds: float
+    racers: Mapping[str, Racer], threads: int, x: Path, *, rounds: int, max_rounds: int, seconds: float
 ) -> tuple[dict[str, Measurement], dict[str, str]]:
-    """Measure every engine of `models` (engine name -> prepared file) in turns.
+    """Measure the racers, which have a name each, in turns; each takes the input `x`.
 
-    Runs until each engine has `rounds` undisturbed blocks, at most `max_rounds` rounds. Returns the
-    measurements, and for each engine that failed the reason; the others go on without it.
+    Runs until each has `rounds` undisturbed blocks, at most `max_rounds` rounds. Returns the
+    measurements, and for each racer that failed the reason; the others go on without it.
     """
     workers: dict[str, Worker] = {}
     failed: dict[str, str] = {}
     try:
-        for engine, path in models.items():
+        for name, racer in racers.items():
             try:
-                workers[engine] = Worker(engine, path, threads, x)
+                workers[name] = Worker(racer, threads, x)
             except Failed as error:
-                failed[engine] = str(error)
+                failed[name] = str(error)
         for turn in range(max_rounds):
             names = list(workers)
             start = turn % max(1, len(names))
-            for engine in names[start:] + names[:start]:
-                time.sleep(0.01)  # let the last engine's threads go to sleep
+            for name in names[start:] + names[:start]:
+                time.sleep(0.01)  # let the last one's threads go to sleep
                 try:
-                    workers[engine].block(seconds)
+                    workers[name].block(seconds)
                 except Failed as error:
-                    failed[engine] = str(error)
-                    workers.pop(engine).child.close()
+                    failed[name] = str(error)
+                    workers.pop(name).child.close()
             if all(sum(not b.disturbed for b in w.measured.blocks) >= rounds for w in workers.values()):
                 break
     finally:
         for worker in workers.values():
             worker.child.close()
-    return {engine: worker.measured for engine, worker in workers.items()}, failed
+    return {name: worker.measured for name, worker in workers.items()}, failed
 
 
 def ratio(slow: Measurement, fast: Measurement) -> tuple[float, int]:

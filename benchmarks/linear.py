@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.interleave import interleave, ratio
+from benchmarks.interleave import Racer, interleave, ratio
 
 SHAPES = ("1x768x768", "1x768x3072", "128x768x768", "128x768x3072", "1x4096x4096")
 ORT, ORT_DYNAMIC, EAGER = "onnxruntime float", "onnxruntime dynamic int8", "pytorch float"
@@ -90,8 +90,9 @@ def measure(files: dict[str, Path], threads: int, x: Path, rounds: int) -> list[
     """Per kind: microseconds, how many times the peer's speed, and how many times that of PyTorch's float."""
     cells = []
     for kind, (_, peer) in KINDS.items():
-        models = {"qcompile": files[kind], EAGER: files[EAGER], ORT if peer == "MatMulNBits" else peer: files[peer]}
-        found, failed = interleave(models, threads, x, rounds=rounds, max_rounds=2 * rounds, seconds=0.1)
+        engines = {"qcompile": kind, EAGER: EAGER, ORT if peer == "MatMulNBits" else peer: peer}
+        racers = {engine: Racer(engine, files[file]) for engine, file in engines.items()}
+        found, failed = interleave(racers, threads, x, rounds=rounds, max_rounds=2 * rounds, seconds=0.1)
         if failed:
             raise SystemExit(f"{kind}: {failed}")
         ours, *others = found.values()

@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qcompile
+from benchmarks.fidelity import fidelity
 from examples import photographs
 from examples.efficientnet_lite0 import load_model
 
@@ -152,9 +153,7 @@ def scores(
             predict = quantize(task)
             seconds = time.perf_counter() - start
             given = torch.cat([predict(x) for x in crops])
-            noise = (wanted - given).double().square().sum()
-            sqnr = float(10 * torch.log10(wanted.double().square().sum() / noise))
-            yield name, Score(sqnr, float((wanted.argmax(1) == given.argmax(1)).double().mean()), seconds)
+            yield name, Score(*fidelity(wanted, given), seconds)
 
 
 def table(title: str, found: dict[str, dict[str, Score]]) -> Table:

@@ -75,10 +75,10 @@ this is the instruction set, not the caches and the execution units.
 def page(report: Report, avx2: Report | None) -> str:
     """The whole page; `avx2`: what `python -m benchmarks.avx2` found."""
     parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
-    parts += ["## The machine\n", markdown(("", ""), [(key, value) for key, value in report.machine.items()])]
+    parts += ["## The machine\n", table.markdown(("", ""), [(key, value) for key, value in report.machine.items()])]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(report.versions.items()))
-    parts += [f"Versions: {versions}.\n", "## Summary\n", markdown(*summary(report)), METHOD]
-    parts += [RESTRICTED, markdown(*restricted(avx2))] if avx2 else []
+    parts += [f"Versions: {versions}.\n", "## Summary\n", table.markdown(*summary(report)), METHOD]
+    parts += [RESTRICTED, table.markdown(*restricted(avx2))] if avx2 else []
     parts += ["## Each workload\n"]
     for workload in report.workloads:
         parts += [f"### {workload.name}\n", *details(workload)]
@@ -130,8 +130,9 @@ def details(workload: Workload) -> Iterable[str]:
     for run in runs:
         columns += [f"ms, {table.threads(run.threads)}", "speed", "of peak"]
     engines = list(dict.fromkeys(engine for run in runs for engine in run.engines))
-    yield markdown(columns, [[engine, *(cell for run in runs for cell in _cells(run, engine))] for engine in engines])
-    yield markdown(table.COSTS, list(table.cost_rows(workload)))
+    rows = [[engine, *(cell for run in runs for cell in _cells(run, engine))] for engine in engines]
+    yield table.markdown(columns, rows)
+    yield table.markdown(table.COSTS, list(table.cost_rows(workload)))
     absent = dict(workload.absent)
     for run in runs:
         absent |= {f"{engine}, {table.threads(run.threads)}": reason for engine, reason in run.failed.items()}
@@ -145,12 +146,6 @@ def _cells(run: Run, engine: str) -> tuple[str, str, str]:
     if timed is None:
         return ("", "", "")
     return table.milliseconds(timed.ms), table.speed(timed.speed), table.share(timed.share_of_peak)
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, numbers stand on the right."""
-    rule = ["---", *["---:"] * (len(columns) - 1)] if columns[0] else ["---"] * len(columns)
-    return "".join("| " + " | ".join(row) + " |\n" for row in (columns, rule, *rows))
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ class Report:
     workloads: list[Workload] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(_rounded(asdict(self)), indent=1) + "\n")
+        path.write_text(json.dumps(rounded(asdict(self)), indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> Report:
@@ -103,10 +103,10 @@ def _workload(raw: dict[str, Any]) -> Workload:
     return Workload(**{**raw, "prepared": prepared, "runs": runs})
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits are more than a measurement has."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list) else value
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value

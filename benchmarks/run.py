@@ -26,7 +26,7 @@ from benchmarks import table
 from benchmarks.child import Failed, ask, missing
 from benchmarks.cold import cold_starts
 from benchmarks.engines import ENGINES, UNRESTRICTED
-from benchmarks.interleave import Measurement, interleave, ratio
+from benchmarks.interleave import Measurement, Racer, interleave, ratio
 from benchmarks.machine import machine
 from benchmarks.models import MODELS
 from benchmarks.peak import dot_product_peak
@@ -42,9 +42,10 @@ def measure(workload: Workload, engines: list[str], folder: Path, options: argpa
     answers = prepare(workload, engines, folder)
     paths = {engine: Path(answer["path"]) for engine, answer in answers.items()}
     x = folder / "input.npy"
+    racers = {engine: Racer(engine, path) for engine, path in paths.items()}
     for threads in options.threads:
         found, failed = interleave(
-            paths, threads, x, rounds=options.rounds, max_rounds=2 * options.rounds, seconds=options.seconds
+            racers, threads, x, rounds=options.rounds, max_rounds=2 * options.rounds, seconds=options.seconds
         )
         workload.runs.append(as_run(workload.macs, threads, found, failed, options.target))
         show(f"{table.title(workload, workload.runs[-1])}", table.TIMES, table.time_rows(workload.runs[-1]))

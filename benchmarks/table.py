@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks.results import Prepared, Run, Workload
 
@@ -65,3 +65,9 @@ def speed(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, numbers stand on the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)] if columns[0] else ["---"] * len(columns)
+    return "".join("| " + " | ".join(row) + " |\n" for row in (columns, rule, *rows))

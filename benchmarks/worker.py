@@ -62,7 +62,7 @@ def measure(call: Callable[[], object], seconds: float, threads: int) -> Block:
     An engine with more threads than cores waits for itself, which is no disturbance.
     """
     busy, own, waiting, start = _busy(), _own(), _waiting(), time.perf_counter()
-    taken = []
+    taken: list[float] = []
     while time.perf_counter() - start < seconds or len(taken) < 3:
         before = time.perf_counter()
         call()

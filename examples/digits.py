@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import sklearn.datasets
 import sklearn.model_selection
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qcompile
+
+Trained = TypeVar("Trained", bound=nn.Module)
 
 HELD_OUT = 600  # of the 1,797 digits
 CALIBRATION = 256
@@ -78,9 +80,9 @@ class Residual(nn.Module):
         return functional.relu(x + self.norm(self.convolution(x)))
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 12, rate: float = 3e-3) -> nn.Module:
+def train(model: Trained, images: Tensor, labels: Tensor, epochs: int = 12, rate: float = 3e-3) -> Trained:
     """Fit `model` and return it in eval mode. The order of the samples follows from torch's seed."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
     steps = epochs * -(-len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     model.train()
@@ -100,15 +102,17 @@ def accuracy(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) 
 
 
 def compile(model: nn.Module, images: Tensor, config: qcompile.QuantConfig) -> qcompile.CompiledModel:
-    """For any batch, all layers integer, calibrated on the first `images`."""
-    return qcompile.compile(
-        model,
-        example_inputs=images[:2],
-        calibration=images[:CALIBRATION].split(1),
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},),
-        config=config,
-        strict=True,
-    )
+    """All layers integer; see `inputs`."""
+    return qcompile.compile(model, **inputs(images), config=config, strict=True)
+
+
+def inputs(images: Tensor) -> dict[str, Any]:
+    """How to capture the network for any batch, and calibrate it on the first `images`."""
+    return {
+        "example_inputs": images[:2],
+        "calibration": images[:CALIBRATION].split(1),
+        "dynamic_shapes": ({0: torch.export.Dim("batch", min=1, max=1024)},),
+    }
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from benchmarks.engines.inductor import Inductor, InductorInt8
 from benchmarks.engines.litert import LiteRtInt8
 from benchmarks.engines.onnx_runtime import OnnxRuntime, OnnxRuntimeDynamic, OnnxRuntimeInt8
 from benchmarks.engines.openvino_runtime import OpenVino, OpenVinoInt8
-from benchmarks.engines.ours import Qcompile, QcompileUntuned
+from benchmarks.engines.ours import Qcompile, QcompileNormalizing, QcompileUntuned
 
 __all__ = ["AVX2", "ENGINES", "FLOATS", "OURS", "UNRESTRICTED", "UNTUNED", "Array", "Engine", "Source"]
 
@@ -37,5 +37,5 @@ _FLOATS: tuple[Engine, ...] = (
     OnnxRuntime(),
     Inductor(),
 )
-ENGINES = {engine.name: engine for engine in (*_UNRESTRICTED, *_AVX2, *_FLOATS, Eager())}
+ENGINES = {engine.name: engine for engine in (*_UNRESTRICTED, *_AVX2, *_FLOATS, Eager(), QcompileNormalizing())}
 UNRESTRICTED, AVX2, FLOATS = ([engine.name for engine in engines] for engines in (_UNRESTRICTED, _AVX2, _FLOATS))

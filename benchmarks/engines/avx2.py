@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from benchmarks.engines.base import Array, Source
 from benchmarks.engines.onnx_runtime import OnnxRuntime, OnnxRuntimeInt8
@@ -25,7 +26,7 @@ class OnnxRuntimeAvx2(OnnxRuntime):
     """ONNX Runtime in float32, on a processor that has nothing beyond AVX2 as far as it can see."""
 
     name = "onnxruntime float avx2"
-    modules = ()  # importing it is what has to be done in the restricted way
+    modules: ClassVar[tuple[str, ...]] = ()  # importing it is what has to be done in the restricted way
 
     def prepare(self, source: Source) -> Path:
         """As without the restriction, once a restricted copy of the library lies beside the model."""

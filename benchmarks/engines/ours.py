@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks.engines.base import Engine, Source
+from benchmarks.engines.base import Array, Engine, Source
 
 
 class Qcompile(Engine):
@@ -46,3 +47,13 @@ class QcompileUntuned(Qcompile):
         from qcompile.tuning import Tuning
 
         return Tuning(shipped=False)
+
+
+class QcompileNormalizing(Qcompile):
+    """The network takes normalized pixels, and NumPy normalizes them before each call, as photographs are."""
+
+    name = "qcompile, normalizing in NumPy"
+
+    def load(self, path: Path, threads: int) -> Callable[[Array], Array]:
+        run = super().load(path, threads)
+        return lambda x: run((x - 127.0) / 128.0)

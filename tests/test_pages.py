@@ -1,0 +1,59 @@
+"""Pages that are written from measurements say what the measurements say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.answers.figures import Figures
+from benchmarks.answers.page import PENDING, SECTIONS, Answers, written
+from benchmarks.results import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_page_of_benchmarks_is_that_of_its_results() -> None:
+    results, avx2 = (Report.load(ROOT / "benchmarks" / name) for name in ("results.json", "avx2.json"))
+    page = (ROOT / "docs" / report.PAGE).read_text()
+    assert page == report.page(results, avx2), "run `python -m benchmarks.report` and commit docs/"
+
+
+def test_the_page_of_answers_is_that_of_its_figures() -> None:
+    page = (ROOT / "docs" / "answers.md").read_text()
+    answers = Answers.load(ROOT / "docs" / "answers.json")
+    assert page == written(page, answers), "run `python -m benchmarks.answers --page-only` and commit docs/"
+
+
+def speed_alone() -> Answers:
+    columns = {"network": "{}", "threads": "{:,}", "int8, ms": "{:.3g}"}
+    floats = dict.fromkeys(("qcompile float32", "inductor float", "pytorch float"), "{:.2f} x")
+    figures = Figures(columns | floats, [["net", 1, 0.5, 2.0, None, 3.0]], ["inductor: there is no compiler"])
+    return Answers({"cores": "2"}, {"torch": "2"}, {"speed": {"speed": figures}})
+
+
+def marked(*names: str) -> str:
+    return "".join(f"before\n\n<!-- measured: {name} -->\nold\n<!-- end -->\n\nafter\n" for name in names)
+
+
+def test_a_page_is_filled_between_its_marks() -> None:
+    page = written(marked("machine", "speed", "figures: speed", "storage"), speed_alone())
+    assert "old" not in page
+    assert page.count("before") == page.count("after") == 4
+    assert "| net | 1 | 0.5 | 2.00 x |  | 3.00 x |\n\ninductor: there is no compiler\n" in page
+    assert "3.0 times as long in eager PyTorch" in page
+    assert page.count(PENDING) == 1
+    assert written(page, speed_alone()) == page
+
+
+def test_an_answer_without_a_mark_is_an_error() -> None:
+    with pytest.raises(ValueError, match="figures: speed"):
+        written(marked("machine", "speed"), speed_alone())
+
+
+def test_a_mark_without_an_answer_is_an_error_once_all_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in set(SECTIONS) - {"speed"}:
+        monkeypatch.delitem(SECTIONS, name)
+    with pytest.raises(ValueError, match="nonsense"):
+        written(marked("machine", "speed", "figures: speed", "nonsense"), speed_alone())
