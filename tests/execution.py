@@ -33,6 +33,12 @@ X86 = tuple(name for name in TARGETS if get(name).machine == "x86_64")
 ARM = tuple(name for name in TARGETS if get(name).machine == "aarch64")
 
 
+def quick(targets: Sequence[str]) -> list[Any]:
+    """Parameters for the sweeps of integer kernels. `make test` leaves out x86-avx512-bf16, where integers go the way
+    of x86-avx512-vnni."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "x86-avx512-bf16" else name for name in targets]
+
+
 def program_of(
     calls: Sequence[tuple[Any, Sample]], batch: tuple[int, int] | None = None
 ) -> tuple[Program, list[Tensor]]:

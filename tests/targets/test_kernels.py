@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from execution import TARGETS, mismatches, operator, program_of
+from execution import TARGETS, mismatches, operator, program_of, quick
 
 from qcompile import ops
 from qcompile.ops import Act, Row, Sample
 from qcompile.ops.linear import LINEAR
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", quick(TARGETS))
 @pytest.mark.parametrize("row", ops.ROWS, ids=lambda row: row.name)
 def test_a_kernel_gives_the_bits_of_its_reference(row: Row, target: str, request: pytest.FixtureRequest) -> None:
     samples = list(row.samples(torch.Generator().manual_seed(2026)))
@@ -19,7 +19,7 @@ def test_a_kernel_gives_the_bits_of_its_reference(row: Row, target: str, request
     assert mismatches(program, inputs, [sample.label for sample in samples], target, request) == []
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", quick(TARGETS))
 def test_the_largest_products_are_exact(target: str, request: pytest.FixtureRequest) -> None:
     """Every way that four neighbouring weights and activations can be as large as they get, with either sign."""
     weights, x = (

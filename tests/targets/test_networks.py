@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from arm import ArmMachine
-from execution import ARM, TARGETS, X86, different, run_on, skip_unless_runnable
+from execution import ARM, TARGETS, X86, different, quick, run_on, skip_unless_runnable
 from networks import FULL, REDUCED, Network, images
 from torch import Tensor, fx
 
@@ -19,7 +19,7 @@ from qcompile.targets import get
 from qcompile.targets.capability import objection
 
 reduced = pytest.mark.parametrize("network", REDUCED, ids=str)
-every_target = pytest.mark.parametrize("target", TARGETS)
+every_target = pytest.mark.parametrize("target", quick(TARGETS))
 
 
 @cache
@@ -97,7 +97,7 @@ def test_a_network_passes_its_own_test_on_the_device(target: str, arm_machine: A
     assert (result.cases, result.elements) == (2, 2000)
 
 
-@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("target", quick(X86))
 def test_the_number_of_threads_changes_no_bit(target: str) -> None:
     skip_unless_runnable(target)
     artifact = artifact_for(REDUCED[0], target)

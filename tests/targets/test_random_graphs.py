@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from execution import ARM, X86, different, run_on, skip_unless_runnable
+from execution import ARM, X86, different, quick, run_on, skip_unless_runnable
 from graphs import Apply, Graph, graphs
 from hypothesis import HealthCheck, given, settings
 from passing import randomize
@@ -43,7 +43,7 @@ def mismatching(graph: Graph, target: str, request: pytest.FixtureRequest) -> li
     ]
 
 
-@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("target", quick(X86))
 @bounded(14)
 @given(graph=graphs())
 def test_a_random_network_gives_the_bits_of_its_reference(
@@ -52,7 +52,7 @@ def test_a_random_network_gives_the_bits_of_its_reference(
     assert not any(mismatching(graph, target, request))
 
 
-@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("target", quick(X86))
 @bounded(6)
 @given(graph=graphs(dynamic=True))
 def test_a_random_network_gives_the_same_bits_for_every_batch_size(
@@ -70,7 +70,7 @@ def test_a_random_network_gives_the_bits_of_its_reference_on_arm(
     assert not any(mismatching(graph, target, request))
 
 
-@pytest.mark.parametrize("target", [*X86, *ARM])
+@pytest.mark.parametrize("target", quick([*X86, *ARM]))
 def test_any_number_of_rows_may_be_multiplied_for_each_image(target: str, request: pytest.FixtureRequest) -> None:
     """A tile of rows may or may not divide the rows of a batch whose size is not known."""
     graph = Graph([(2, 9, 16)], dynamic=True)
@@ -81,7 +81,7 @@ def test_any_number_of_rows_may_be_multiplied_for_each_image(target: str, reques
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [*X86, *ARM])
+@pytest.mark.parametrize("target", quick([*X86, *ARM]))
 @bounded(100)
 @given(graph=graphs())
 def test_many_random_networks_give_the_bits_of_their_references(
@@ -91,7 +91,7 @@ def test_many_random_networks_give_the_bits_of_their_references(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [*X86, *ARM])
+@pytest.mark.parametrize("target", quick([*X86, *ARM]))
 @bounded(50)
 @given(graph=graphs(dynamic=True))
 def test_many_random_networks_give_the_same_bits_for_every_batch_size(

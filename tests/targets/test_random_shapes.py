@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from direct import call
-from execution import X86, skip_unless_runnable
+from execution import X86, quick, skip_unless_runnable
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from samples import weighted_numbers
@@ -158,7 +158,7 @@ def _layout(x: Tensor, halo: tuple[int, ...], slack: int) -> Layout:
     return Layout(tuple(x.shape), True, align(x.shape[1], 16) + 16 * slack, (top, bottom, left, right))
 
 
-@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("target", quick(X86))
 @bounded
 @given(data=st.data(), geometry=geometries())
 def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, data: st.DataObject) -> None:
@@ -166,7 +166,7 @@ def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: 
     assert mismatching(geometry, target, config) == 0
 
 
-@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("target", quick(X86))
 @bounded
 @given(data=st.data(), geometry=geometries(), channels=st.integers(1, 18))
 def test_a_row_of_taps_without_bytes_between_them_is_summed_as_one(
@@ -179,7 +179,7 @@ def test_a_row_of_taps_without_bytes_between_them_is_summed_as_one(
     assert mismatching(geometry, target, config) == 0
 
 
-@pytest.mark.parametrize("target", [name for name in X86 if get(name).isa.tap_dots])
+@pytest.mark.parametrize("target", quick([name for name in X86 if get(name).isa.tap_dots]))
 @bounded
 @given(
     geometry=geometries(depthwise=True),
@@ -192,7 +192,7 @@ def test_a_depthwise_convolution_by_dot_products_is_right_for_every_shape_and_ti
     assert mismatching(geometry, target, DepthwiseDotConfig(rows, config.columns)) == 0
 
 
-@pytest.mark.parametrize("target", X86)
+@pytest.mark.parametrize("target", quick(X86))
 @bounded
 @given(geometry=geometries(depthwise=True), config=st.builds(DepthwiseConfig, pixels=st.integers(1, 16)))
 def test_a_depthwise_convolution_is_right_for_every_shape_and_tile(

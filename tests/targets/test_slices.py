@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from execution import TARGETS, different, run_on, skip_unless_runnable
+from execution import TARGETS, different, quick, run_on, skip_unless_runnable
 from torch import Tensor, nn
 
 import qcompile
@@ -20,7 +20,7 @@ class Parts(nn.Module):
         return h[0], h[-1], h[-2], h[2:], h[-5:], h[:-1], h[1:-1], h[::2], h[1::3]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", quick(TARGETS))
 def test_a_part_of_a_dynamic_batch_is_taken_in_integers(target: str, request: pytest.FixtureRequest) -> None:
     skip_unless_runnable(target)
     compiled = qcompile.compile(
