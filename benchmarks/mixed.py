@@ -1,9 +1,10 @@
 """The search for mixed precision on EfficientNet-Lite0, against as many random layers left in float.
 
-    python -m benchmarks.mixed [--drop 0.03] [--random 10] [--preset balanced] [--threads 1]
+    python -m benchmarks.mixed [--drop 0.03] [--random 16] [--preset balanced] [--threads 1]
 
 There are no labels, so that the metric is how often the top label is the float model's, on crops that calibration does
-not use. Latencies are measured in turns.
+not use. Each random choice has as many layers as the search's result, and is called in turns with it: medians of 100
+calls each. Some ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import qcompile
@@ -34,7 +36,7 @@ from qcompile.targets.capability import objection
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drop", type=float, default=0.03)
-    parser.add_argument("--random", type=int, default=10)
+    parser.add_argument("--random", type=int, default=16)
     parser.add_argument("--calibration", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=240)
     parser.add_argument("--preset")
@@ -57,18 +59,26 @@ def main() -> None:
 
     groups = Simulation(stages).groups
     rng = random.Random(0)
-    table = Table("left in float", "metric", "ms", "of the search's ms", title=f"{len(choices.rows)} layers in float")
-    worst = 1.0
-    for _ in range(options.random):
+    table = Table("left in float", "metric", "target", "ms", "of the search's ms", title="as many random layers")
+    ratios: list[tuple[float, bool]] = []
+    for _ in track(range(options.random), "random layers", console=console, transient=True):
         names = rng.sample(sorted(groups), len(choices.rows))
-        left = frozenset(m.name for name in names for m in groups[name].members)
-        other = finish(stages.integer(left))
+        other = finish(stages.integer(frozenset(m.name for name in names for m in groups[name].members)))
         ours, theirs = interleave([partial(compiled, held_out[0]), partial(other, held_out[0])], 20)
-        worst = min(worst, theirs / ours)
+        value = metric(other, "random layers")
+        met = choices.float_metric - value <= options.drop
+        ratios.append((theirs / ours, met))
         places = ", ".join(sorted(groups[name].root.name for name in names))
-        table.add_row(places, f"{metric(other, 'random layers'):.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}")
+        table.add_row(places, f"{value:.3f}", "met" if met else "missed", f"{theirs:.3f}", f"{theirs / ours:.2f}")
     console.print(table)
-    console.print(f"the fastest of {options.random} random choices takes {worst:.2f} of the search's time")
+    console.print(
+        f"the search {'met' if choices.met else 'missed'} the target with {len(choices.rows)} layers in float"
+    )
+    for kind, chosen in (("", ratios), (" that meet the target", [r for r in ratios if r[1]])):
+        slower, times = sum(ratio >= 1 for ratio, _ in chosen), sorted(ratio for ratio, _ in chosen)
+        spread = f": {times[0]:.2f} to {times[-1]:.2f} times the search's" if times else ""
+        console.print(f"{slower} of {len(times)} random choices{kind} take no less time{spread}")
+    console.print(f"all of it in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     conv2d(x, w, b), linear(x, w, b)           ->  float_conv2d(x, w, b), float_linear(x, w, b)      w constant
     float_op(x, ...) + r                       ->  float_op(x, ..., residual=r)        of equal shapes
     clamp(float_op(x, ...), lo, hi)            ->  float_op(x, ..., lo, hi)
+    float_conv2d(constant_pad_nd(x), ...)      ->  float_conv2d(x, ..., padding)       by fold_padding's rule
 
 For these a target has kernels of its own, which keep activations in the layout that convolutions like.
 """
@@ -22,6 +23,7 @@ from qcompile.ops import clamp_bounds
 from qcompile.ops.conv import geometry
 from qcompile.ops.real import BFLOAT16, EPILOGUE, FLOAT32, FLOAT_CONV2D, FLOAT_LINEAR, OPS, numerics_of
 from qcompile.passes.base import Context, Pass
+from qcompile.passes.fold_padding import FOLD
 from qcompile.rewrite import Rule, call
 from qcompile.sites import COVERS, only_user, other_operand
 
@@ -42,7 +44,7 @@ class FuseFloat(Pass):
 
     def run(self, program: Program, context: Context) -> bool:
         start = Rule("fuse_float", (aten.conv2d.default, aten.conv1d.default, aten.linear.default), _check, self._start)
-        changed = rewrite.apply((start, ADD, CLAMP), program, context)
+        changed = rewrite.apply((start, ADD, CLAMP, FOLD), program, context)
         made = [node for node in program.graph.nodes if node.target in OPS]
         for node in made:
             if numerics_of(node) == BFLOAT16 and all(user.op != "output" for user in node.users):

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from qcompile import mixed
+from qcompile import metrics, mixed
 from qcompile.artifact import Artifact, CoverageRow, Golden, PassRow, TensorSpec, Variant
 from qcompile.checks import InputChecker
 from qcompile.choices import Choices
@@ -183,7 +183,7 @@ def compile(
         QcompileError: every mistake has its subclass, see `qcompile.errors`.
     """
     where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
-    mixed.check(max_accuracy_drop, metric, evaluation, strict)
+    metrics.check(max_accuracy_drop, metric, evaluation, strict)
     if isinstance(model, QatModel) and (max_accuracy_drop is not None or numerics != "int8"):
         raise ConfigError(
             "the model was trained as int8",

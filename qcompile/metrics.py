@@ -1,4 +1,4 @@
-"""Metrics that a search is held to: one number of a model, the larger the better."""
+"""What a search is held to: a metric, one number of a model, the larger the better; and how far it may drop."""
 
 from __future__ import annotations
 
@@ -20,6 +20,46 @@ Metric = Callable[[Predict], float]
 number, the larger the better."""
 
 _REMEDY = "metric(predict) calls predict as the model is called, and returns one finite number, the larger the better"
+
+
+def check(max_drop: float | None, metric: Any, evaluation: Any, strict: bool) -> None:
+    """Refuse settings of a search that contradict each other, and a search without its solver.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if max_drop is None:
+        given = [name for name, value in (("metric", metric), ("evaluation", evaluation)) if value is not None]
+        if given:
+            raise ConfigError(
+                f"{given[0]} is given, but not how much accuracy may drop",
+                where=given[0],
+                remedy="pass max_accuracy_drop too, or leave it out",
+            )
+        return
+    number = isinstance(max_drop, (int, float)) and not isinstance(max_drop, bool)
+    if not number or not math.isfinite(max_drop) or max_drop < 0:
+        raise ConfigError(
+            f"max_accuracy_drop is {max_drop!r}",
+            where="max_accuracy_drop",
+            remedy="give how much lower than the float model's the metric may be, such as 0.01",
+        )
+    if metric is not None and (not callable(metric) or evaluation is not None):
+        raise ConfigError(
+            "both a metric and evaluation data are given" if callable(metric) else f"the metric is {metric!r}",
+            where="metric",
+            remedy="pass metric=a function of predict that has its own data, or evaluation= for the default metric",
+        )
+    if strict:
+        raise ConfigError(
+            "strict=True leaves no layer to choose", where="strict", remedy="leave strict or max_accuracy_drop out"
+        )
+    try:
+        import scipy.optimize  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "choosing layers needs scipy", where="max_accuracy_drop", remedy="pip install 'qcompile[mixed]'"
+        ) from error
 
 
 class Checked:

@@ -2,22 +2,21 @@
 
 Every rounding is tried alone, all else in float: what it changes the outputs by is its noise. Alone, because noise of
 independent roundings adds up, so that the noise of any choice of layers is known from these; with all others
-quantized, one layer's would be lost in the others'. Layers are then chosen by noise removed for millisecond spent, the
-metric says how many of them are needed, and each is given up again if the metric can do without.
+quantized, one layer's would be lost in the others'. For any noise, the choice that costs least is then found exactly.
+The metric says how little noise is needed, and each layer is given up again if the metric can do without.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from qcompile.choices import Choice, Choices
-from qcompile.costs import estimated, measured
+from qcompile.costs import Costs, Timed, estimated, every_second, measured
 from qcompile.device import lacks
 from qcompile.errors import AccuracyWarning, ConfigError
 from qcompile.inputs import flatten
@@ -26,13 +25,17 @@ from qcompile.metrics import Checked
 from qcompile.ops.real import BFLOAT16, FLOAT32
 from qcompile.passes.base import Progress
 from qcompile.quantizer import QuantizedModel, call
-from qcompile.ranking import Left, ranked
 from qcompile.simulation import Rounding, Simulation
 from qcompile.stages import Stages
 from qcompile.targets import Target
+from qcompile.tradeoff import GAP, Left, Tradeoff
 
 _SAMPLES = 16  # inputs that each rounding is tried on
-_BLOCKS = 10  # in which two models are timed in turns
+_BLOCKS = 10  # in which models are timed in turns
+_STEPS, _RATIO = 100, 2**-0.25  # of noise: each step has so much of the last one's, and the last of all has none
+_EXCHANGES = 3  # at most
+_FINALISTS = 3  # of the compiled models that do, which are timed in turns
+_FASTER = 0.98  # of the time of the choice that should be faster: below this another one is believed to be
 
 Finish = Callable[[QuantizedModel], Any]
 """An integer program -> a compiled model."""
@@ -57,38 +60,12 @@ def search(
     return _Search(stages, metric, max_drop, target, finish, progress).result()
 
 
-def check(max_drop: float | None, metric: Any, evaluation: Any, strict: bool) -> None:
-    """Refuse settings of a search that contradict each other.
+class _Found(NamedTuple):
+    """A compiled model, the layers that are in float in it, and its metric."""
 
-    Raises:
-        ConfigError: names the setting.
-    """
-    if max_drop is None:
-        given = [name for name, value in (("metric", metric), ("evaluation", evaluation)) if value is not None]
-        if given:
-            raise ConfigError(
-                f"{given[0]} is given, but not how much accuracy may drop",
-                where=given[0],
-                remedy="pass max_accuracy_drop too, or leave it out",
-            )
-        return
-    number = isinstance(max_drop, (int, float)) and not isinstance(max_drop, bool)
-    if not number or not math.isfinite(max_drop) or max_drop < 0:
-        raise ConfigError(
-            f"max_accuracy_drop is {max_drop!r}",
-            where="max_accuracy_drop",
-            remedy="give how much lower than the float model's the metric may be, such as 0.01",
-        )
-    if metric is not None and (not callable(metric) or evaluation is not None):
-        raise ConfigError(
-            "both a metric and evaluation data are given" if callable(metric) else f"the metric is {metric!r}",
-            where="metric",
-            remedy="pass metric=a function of predict that has its own data, or evaluation= for the default metric",
-        )
-    if strict:
-        raise ConfigError(
-            "strict=True leaves no layer to choose", where="strict", remedy="leave strict or max_accuracy_drop out"
-        )
+    model: Any
+    left: Left
+    metric: float
 
 
 class _Search:
@@ -118,27 +95,27 @@ class _Search:
             )
 
     def result(self) -> tuple[Any, Choices]:
-        int8, int8_metric = self._finished(frozenset())
-        if self._meets(int8_metric):
-            (time,) = self._milliseconds(int8)
-            return int8, Choices((), self.max_drop, self.float_metric, int8_metric, int8_metric, time, time)
-        costs = self._costs(int8) if self.groups else {}
-        noise = self._noise()
-        steps = ranked(self.simulation, noise, costs)
-        model, left, reached = self._least(steps, costs) if steps else (int8, frozenset(), int8_metric)
-        times = self._milliseconds(int8, model)
-        bfloat16 = {row.node for row in model.coverage if row.kind == BFLOAT16}
-        rows = [self._row(name, left, bfloat16, noise, costs[name]) for name in left]
+        int8 = self._finished(frozenset())
+        if self._meets(int8.metric):
+            (time,) = self._milliseconds(int8.model)
+            return int8.model, Choices((), self.max_drop, self.float_metric, int8.metric, int8.metric, time, time)
+        found, noise, costs = int8, dict[Rounding, float](), Costs({}, {}, {})
+        if self.groups:
+            costs, noise = self._costs(int8.model), self._noise()
+            found = self._least(Tradeoff(self.simulation, noise, costs))
+        times = self._milliseconds(int8.model, found.model)
+        bfloat16 = {row.node for row in found.model.coverage if row.kind == BFLOAT16}
+        rows = [self._row(name, found.left, bfloat16, noise, costs.layers[name]) for name in found.left]
         rows.sort(key=lambda row: (-row.gain, -row.noise, row.layer, row.operators))
-        choices = Choices(tuple(rows), self.max_drop, self.float_metric, int8_metric, reached, times[0], times[1])
+        choices = Choices(tuple(rows), self.max_drop, self.float_metric, int8.metric, found.metric, times[0], times[1])
         if not choices.met:
             warnings.warn(
                 f"the metric drops by {choices.drop:.4g}, not by at most {self.max_drop:g}, whatever stays float; "
-                f"it is {self.float_metric:.4g} of the float model, and {reached:.4g} at best",
+                f"it is {self.float_metric:.4g} of the float model, and {found.metric:.4g} at best",
                 AccuracyWarning,
                 stacklevel=4,
             )
-        return model, choices
+        return found.model, choices
 
     # --- metrics -----------------------------------------------------------------------------------
 
@@ -161,12 +138,12 @@ class _Search:
             self.known[left] = self.metric(predict, f"the model with {len(left)} layers in float")
         return self.known[left]
 
-    def _finished(self, left: Left) -> tuple[Any, float]:
-        """The compiled model, and its metric (of the integer program in eager PyTorch, for another machine)."""
+    def _finished(self, left: Left) -> _Found:
+        """The metric is that of the integer program in eager PyTorch, for another machine."""
         quantized = self.stages.integer(self._operators(left))
         model = self.finish(quantized)
         value = self.metric(model if self.runs else quantized, f"the compiled model with {len(left)} layers in float")
-        return model, value
+        return _Found(model, left, value)
 
     def _meets(self, metric: float) -> bool:
         return self.float_metric - metric <= self.max_drop
@@ -185,19 +162,20 @@ class _Search:
         calls = [partial(model, *self.seen[0]) for model in models]
         return interleave(calls, _BLOCKS)
 
-    def _costs(self, int8: Any) -> dict[str, float]:
+    def _costs(self, int8: Any) -> Costs:
+        tensors = self.simulation.activations
         if not self.runs:
-            return estimated(self.groups, int8.program, self.target.isa.lanes)
-        real = self.finish(self.stages.integer(self._operators(frozenset(self.groups))))
-        pairs = []
-        for done, model in enumerate((int8, real)):
-            self.report("time of each layer", done, 2)
+            return estimated(self.groups, tensors, int8.program, self.target.isa.lanes)
+        timed: list[Timed] = []
+        for left in (frozenset[str](), frozenset(self.groups), every_second(self.groups)):
+            self.report("time of each layer", len(timed), 3)
+            model = self.finish(self.stages.integer(self._operators(left))) if left else int8
             times: dict[str, float] = {}
             for row in model.profile(*self.seen[0]).rows:
                 times[row.node] = times.get(row.node, 0.0) + 1e3 * row.seconds
-            pairs.append((model.program, times))
-        self.report("time of each layer", 2, 2)
-        return measured(self.groups, *pairs)
+            timed.append((model.program, times))
+        self.report("time of each layer", 3, 3)
+        return measured(self.groups, tensors, *timed)
 
     # --- the choice --------------------------------------------------------------------------------
 
@@ -211,28 +189,38 @@ class _Search:
             self.report("noise of each layer", done + 1, len(self.seen))
         return found
 
-    def _least(self, steps: list[Left], costs: Mapping[str, float]) -> tuple[Any, Left, float]:
-        """The first of `steps` that does, less what can be spared of it; the best that was tried if none does."""
-        at, more = self._first(steps), 1
-        best = (*self._finished(steps[at]), steps[at])
-        while not self._meets(best[1]) and at < len(steps) - 1:  # compiled it may be a little worse than simulated
-            at, more = min(len(steps) - 1, at + more), 2 * more
-            best = max(best, (*self._finished(steps[at]), steps[at]), key=lambda tried: tried[1])
-        if self._meets(best[1]):
-            smaller = self._pruned(best[2], costs)
-            low, high = 0, len(smaller)  # the last one that does; to begin with, the very last
-            middle = high - 1
-            while low < high:
-                tried = (*self._finished(smaller[middle]), smaller[middle])
-                if self._meets(tried[1]):
-                    best, low = tried, middle + 1
-                else:
-                    high = middle
-                middle = (low + high) // 2
-        model, reached, left = best
-        return model, left, reached
+    def _least(self, tradeoff: Tradeoff) -> _Found:
+        """The fastest that was found of those that do; the best that was tried if none does."""
+        step = _Steps(tradeoff)
+        at, more = self._first(step), 1
+        best = self._finished(step[at])
+        while not self._meets(best.metric) and at < len(step) - 1:  # compiled it may be a little worse than simulated
+            at, more = min(len(step) - 1, at + more), 2 * more
+            best = max(best, self._finished(step[at]), key=lambda found: found.metric)
+        if not self._meets(best.metric):
+            return best
+        found, cheaper = [best], self._cheaper(best.left, tradeoff)
+        low, high = 0, len(cheaper)  # the last one that does; to begin with, the very last
+        middle = high - 1
+        while low < high:
+            tried = self._finished(cheaper[middle])
+            if self._meets(tried.metric):
+                found, low = [*found, tried][-_FINALISTS:], middle + 1
+            else:
+                high = middle
+            middle = (low + high) // 2
+        return self._fastest(found)
 
-    def _first(self, steps: list[Left]) -> int:
+    def _fastest(self, found: list[_Found]) -> _Found:
+        """The last of `found`, which should be the fastest, unless another one is when they are called in turns."""
+        times = self._milliseconds(*(f.model for f in found)) if len(found) > 1 else []
+        best = found[-1]
+        for candidate, time in zip(found, times, strict=False):
+            if time is not None and time < _FASTER * times[-1]:  # type: ignore[operator]
+                best, times[-1] = candidate, time / _FASTER  # type: ignore[call-overload]
+        return best
+
+    def _first(self, steps: Sequence[Left]) -> int:
         """The first step that meets the target, if the metric only rises from step to step; by bisection, after a
         gallop because few steps usually do."""
         high = 0
@@ -245,23 +233,38 @@ class _Search:
             low, high = (low, middle) if self._meets(self._simulated(steps[middle])) else (middle + 1, high)
         return high
 
-    def _pruned(self, left: Left, costs: Mapping[str, float]) -> list[Left]:
-        """Ever smaller parts of `left` that still do, as far as the simulation can tell: without half of the layers,
-        if it can do without them all, else without quarters, and so on; those that cost most are tried together."""
+    def _cheaper(self, left: Left, tradeoff: Tradeoff) -> list[Left]:
+        """Ever cheaper choices than `left` that still do, as far as the simulation can tell: without layers that can be
+        spared; then others that leave no more noise than what is left, without layers that these can spare."""
         least = min(self.float_metric - self.max_drop, self._simulated(left))
+        found = self._spared(left, least, tradeoff)
+        for _ in range(_EXCHANGES):
+            now = found[-1] if found else left
+            other = tradeoff.cheapest(tradeoff.noise(now) * (1 + GAP))
+            if tradeoff.cost(other) >= (1 - GAP) * tradeoff.cost(now) or self._simulated(other) < least:
+                break
+            found += [other, *self._spared(other, least, tradeoff)]
+        return found
+
+    def _spared(self, left: Left, least: float, tradeoff: Tradeoff) -> list[Left]:
+        """Ever smaller parts of `left` with a metric of at least `least`: without half of the layers, if it can do
+        without them all, else without quarters, and so on; those that cost most are tried together. A layer whose
+        conversions would cost more than it saves is kept."""
         found: list[Left] = []
 
         def spare(names: list[str]) -> None:
             now = found[-1] if found else left
-            if self._simulated(now.difference(names)) >= least:
-                found.append(now.difference(names))
+            smaller = now.difference(names)
+            if tradeoff.cost(smaller) < tradeoff.cost(now) and self._simulated(smaller) >= least:
+                found.append(smaller)
             elif len(names) > 1:
                 half = len(names) // 2
                 spare(names[:half])
                 spare(names[half:])
             self.report("layers that are needed", len(found[-1] if found else left), len(left))
 
-        spare(sorted(left, key=lambda name: (-costs[name], name)))
+        saves = {name: tradeoff.cost(left) - tradeoff.cost(left - {name}) for name in left}
+        spare(sorted(left, key=lambda name: (-saves[name], name)))
         return found
 
     def _row(
@@ -275,3 +278,19 @@ class _Search:
         numerics = BFLOAT16 if group.root.name in bfloat16 else FLOAT32
         operators = tuple(m.name for m in group.members)
         return Choice(where(group.root), operators, numerics, gain, own / total if total else 0.0, cost)
+
+
+class _Steps(Sequence[Left]):
+    """The cheapest choices for ever less noise; the last one leaves none."""
+
+    def __init__(self, tradeoff: Tradeoff) -> None:
+        self._tradeoff, self._known = tradeoff, dict[int, Left]()
+
+    def __len__(self) -> int:
+        return _STEPS
+
+    def __getitem__(self, at: Any) -> Any:
+        if at not in self._known:
+            noise = 0.0 if at == _STEPS - 1 else self._tradeoff.noise(()) * _RATIO ** (at + 1)
+            self._known[at] = self._tradeoff.cheapest(noise)
+        return self._known[at]
