@@ -12,7 +12,7 @@ See `qcompile.container` for the file, its checks and what they do and do not pr
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,6 +69,13 @@ class CoverageRow(NamedTuple):
     kernel: str
     reason: str = ""
     where: str = ""
+
+
+def numerics(coverage: Iterable[CoverageRow]) -> str:
+    """What a model computes in: "int8" if any operator does, else "weight-only" or "bfloat16", else "float32"."""
+    kinds = {row.kind for row in coverage}
+    named = {"integer": "int8", "weight-only": "weight-only", "bfloat16": "bfloat16"}
+    return next((name for kind, name in named.items() if kind in kinds), "float32")
 
 
 class PassRow(NamedTuple):

@@ -44,6 +44,7 @@ def page(*, diagnosis: Diagnosis | None, evaluation: Evaluation | None = None) -
     return _template().render(
         evaluation=evaluation,
         diagnosis=diagnosis,
+        numerics="" if evaluation is None else evaluation.numerics,
         tiles=_tiles(evaluation, diagnosis),
         chart=Chart.of(diagnosis) if diagnosis is not None else None,
         layers=[Drawn.of(row) for row in diagnosis.rows] if diagnosis is not None else [],

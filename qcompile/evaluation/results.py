@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qcompile.artifact import CoverageRow
+from qcompile.artifact import CoverageRow, numerics
 from qcompile.evaluation import files
 from qcompile.evaluation.diagnosis import Diagnosis
 from qcompile.evaluation.quality import OutputQuality, Quality
@@ -22,6 +22,8 @@ WORST = 10  # layers in the printed form
 @dataclass(frozen=True)
 class Evaluation:
     """How a compiled model compares with its float model. Prints as tables.
+
+    What has int8 in its name is of the compiled model, whatever its `numerics` are.
 
     Attributes:
         samples: how many were compared.
@@ -47,6 +49,11 @@ class Evaluation:
     coverage: tuple[CoverageRow, ...]
     diagnosis: Diagnosis | None
     notes: tuple[str, ...]
+
+    @property
+    def numerics(self) -> str:
+        """What the compiled model computes in: "int8", or without any int8 "weight-only", "bfloat16" or "float32"."""
+        return numerics(self.coverage)
 
     @property
     def outputs(self) -> tuple[OutputQuality, ...]:
@@ -93,7 +100,8 @@ class Evaluation:
         return result
 
     def _summary(self) -> Table:
-        table = Table("", "float", "int8", "", title=f"{self.target} on {self.samples} samples", title_justify="left")
+        title = f"{self.target} on {self.samples} samples"
+        table = Table("", "float", self.numerics, "", title=title, title_justify="left")
         for label, *cells in rows(self.quality):
             table.add_row(escape(label), *cells)
         if self.speedup is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,3 +298,17 @@ def test_interleaving_takes_turns() -> None:
     order: list[str] = []
     assert len(interleave((lambda: order.append("a"), lambda: order.append("b")), blocks=2)) == 2
     assert "".join(order) == "aaaaabbbbb" * 3
+
+
+@pytest.mark.parametrize("numerics", ["int8", "bfloat16", "float32"])
+def test_tables_and_pages_name_what_the_model_computes_in(
+    numerics: str, compiled: qcompile.CompiledModel, model: nn.Module, images: list[Tensor], tmp_path: Path
+) -> None:
+    if numerics != "int8":
+        compiled = qcompile.compile(model, example_inputs=images[0], numerics=numerics)
+    found = qcompile.evaluate(compiled, model, images, blocks=0)
+    assert found.numerics == numerics
+    found.html(tmp_path / "page.html")
+    for text in (str(found), (tmp_path / "page.html").read_text()):
+        assert numerics in text
+        assert numerics == "int8" or "int8" not in text
