@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompile.config import QuantConfig
-from qcompile.errors import InputError, QuantizationError
+from qcompile.errors import ExportError, InputError, QuantizationError
 from qcompile.fakequant import (
     fake_quantize,
     fake_quantize_bias,
@@ -74,6 +74,19 @@ class QatModel(nn.Module):
         run = fx.Interpreter(self, graph=self._graph)
         run.extra_traceback = False  # it would add the node to an error's text
         return unflatten(self._program.output_structure, run.run(*flat))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QatModel:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ExportError(
+            "a model that is being trained is saved by its state_dict; as a whole it cannot be pickled",
+            where="torch.save, pickle or copy.copy of a QatModel",
+            remedy="torch.save(model.state_dict(), path); later call prepare_qat as before, and load_state_dict",
+        )
 
     def scales(self) -> Iterator[nn.Parameter]:
         """The parameters that are scales: for an optimizer's group of their own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 
 import qcompile
 from examples.training import few_bits, new_head
-from qcompile.errors import CalibrationError, CaptureError, ConfigError, InputError, PipelineError, QuantizationError
+from qcompile.errors import (
+    CalibrationError,
+    CaptureError,
+    ConfigError,
+    ExportError,
+    InputError,
+    PipelineError,
+    QuantizationError,
+)
 from qcompile.fakequant import fake_quantize, fake_quantize_bias, fake_quantize_weight
 from qcompile.passes import Pipeline, default_pipeline
 
@@ -239,3 +248,21 @@ def test_training_recovers_what_quantization_after_it_loses(seed: int) -> None:
 def test_a_new_head_learns_on_an_integer_backbone() -> None:
     _, before, after = new_head(0)
     assert after > before + 0.4
+
+
+@pytest.mark.parametrize("shapes", [None, ({0: torch.export.Dim("batch", max=8)},)], ids=["static", "dynamic"])
+def test_pickling_a_whole_model_says_how_it_is_saved(shapes: Any, tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    data = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    model = qcompile.prepare_qat(layers, calibration=data, dynamic_shapes=shapes)
+    with pytest.raises(ExportError, match="saved by its state_dict") as caught:
+        torch.save(model, tmp_path / "model.pt")
+    assert "load_state_dict" in str(caught.value)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    assert not torch.equal(other(data[0]), model(data[0]))
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(other(data[0]), model(data[0]))
