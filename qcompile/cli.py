@@ -92,6 +92,14 @@ def compile_command(
     from qcompile.tuning import Tuning
 
     config = QuantConfig(preset=preset, weight_bits=weight_bits, activations=activations)
+    for option in ("preset", "weight_bits", "activations") if numerics != "int8" else ():
+        if getattr(config, option) != getattr(QuantConfig(), option):
+            name = f"--{option.replace('_', '-')}"
+            raise ConfigError(
+                f"{name} is given, but with --numerics {numerics} nothing is quantized",
+                where=name,
+                remedy=f"leave {name} or --numerics out",
+            )
     program, batches, held_out = read_model(model, batch, calibration, evaluation)
     known = None if tuning is None else Tuning(tuning, measure=False)
     with _progress() as progress:

@@ -173,6 +173,16 @@ def test_compile_to_bfloat16_needs_no_data(exported: Path, tmp_path: Path) -> No
     assert load(tmp_path / "net.qcm").selftest().passed
 
 
+@pytest.mark.parametrize("option", [("--preset", "fast"), ("--weight-bits", 4), ("--activations", "dynamic")])
+def test_an_option_for_int8_is_refused_by_its_name_with_other_numerics(
+    exported: Path, tmp_path: Path, option: tuple[str, Any]
+) -> None:
+    result = qcompile("compile", exported, "--numerics", "float32", *option, "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 1
+    assert f"{option[0]} is given, but with --numerics float32 nothing is quantized" in result.output
+    assert f"leave {option[0]} or --numerics out" in result.output
+
+
 def test_calibration_arrays_must_have_equal_lengths(exported: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", a=np.ones((4, 3, 8, 8), np.float32), b=np.ones((5, 1), np.float32))
     result = qcompile("compile", exported, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "net.qcm")
