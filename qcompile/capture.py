@@ -107,7 +107,7 @@ def _program(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
         _check_node(node)
     specs = input_specs(exported, graph_module, dynamic_shapes)
     structure = output_structure(exported)
-    given = any(getattr(n.target, "namespace", "") == NAMESPACE for n in graph_module.graph.nodes)
+    given = _holds_qdq(graph_module.graph)
     stage, begins = (Stage.QDQ, Property.GIVEN_QDQ) if given else (Stage.FLOAT, Property.FLOAT)
     program = Program(graph_module, stage, specs, structure, {begins})
     finish(program)
@@ -279,3 +279,15 @@ def _check_constant(value: Tensor, path: str) -> None:
             where=module or "the model",
             remedy="load a checkpoint that is finite; the model itself cannot be right",
         )
+
+
+def is_quantized(model: nn.Module | ExportedProgram) -> bool:
+    """Whether `model` was quantized elsewhere: it, or a part of it, is a graph with quantize and dequantize."""
+    if isinstance(model, ExportedProgram):
+        return _holds_qdq(model.graph)
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(part, fx.GraphModule) and _holds_qdq(part.graph) for part in parts)
+
+
+def _holds_qdq(graph: fx.Graph) -> bool:
+    return any(getattr(node.target, "namespace", "") == NAMESPACE for node in graph.nodes)

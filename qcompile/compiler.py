@@ -17,23 +17,21 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from qcompile import metrics, mixed
+from qcompile import metrics, mixed, numbers
 from qcompile.artifact import Artifact, CoverageRow, Golden, PassRow, TensorSpec, Variant
 from qcompile.checks import InputChecker
 from qcompile.choices import Choices
 from qcompile.config import QuantConfig
 from qcompile.device import lacks
-from qcompile.errors import ConfigError, DeviceError, StrictError
+from qcompile.errors import DeviceError, StrictError
 from qcompile.executable import OWNER
-from qcompile.ir import Program, Property, shape_of
+from qcompile.ir import Program, shape_of
 from qcompile.manager import PassRecord
 from qcompile.metrics import Agreement, Checked, Metric
-from qcompile.ops.real import BFLOAT16, NUMERICS
-from qcompile.passes import Pipeline, float_pipeline
+from qcompile.ops.real import BFLOAT16
+from qcompile.passes import Pipeline
 from qcompile.passes.base import Progress
-from qcompile.passes.fuse_float import FuseFloat
 from qcompile.profiling import Profile, profile
-from qcompile.qat import QatModel
 from qcompile.quantizer import QuantizedModel, Recipe, prepared, run_passes
 from qcompile.runtime import Model
 from qcompile.sites import COVERS
@@ -184,13 +182,9 @@ def compile(
     """
     where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
     metrics.check(max_accuracy_drop, metric, evaluation, strict)
-    if isinstance(model, QatModel) and (max_accuracy_drop is not None or numerics != "int8"):
-        raise ConfigError(
-            "the model was trained as int8",
-            where="numerics" if max_accuracy_drop is None else "max_accuracy_drop",
-            remedy="leave it out, or compile the float model",
-        )
-    pipeline = chosen_pipeline(numerics, config, pipeline, max_accuracy_drop)
+    if max_accuracy_drop is not None or numerics != "int8":
+        numbers.refuse_int8(model, "numerics" if max_accuracy_drop is None else "max_accuracy_drop")
+    pipeline = numbers.chosen_pipeline(numerics, config, pipeline, max_accuracy_drop, strict)
     start = prepared(model, example_inputs, calibration, dynamic_shapes, config, pipeline, objection(where), progress)
     finish = partial(compile_program, target=where, tuning=tuning, strict=strict, threads=threads)
     if max_accuracy_drop is None:
@@ -201,37 +195,6 @@ def compile(
     )
     compiled.choices = choices
     return compiled
-
-
-def chosen_pipeline(
-    numerics: str, config: QuantConfig | None, pipeline: Pipeline | None, max_accuracy_drop: float | None
-) -> Pipeline | None:
-    """The pipeline for `numerics`; None for the default one.
-
-    Raises:
-        ConfigError: there are no such numerics, or something that is for int8 is given with others.
-    """
-    if numerics == "int8":
-        return pipeline
-    if numerics not in NUMERICS:
-        raise ConfigError(f"unknown numerics {numerics!r}", where="numerics", remedy=f"use int8, {', '.join(NUMERICS)}")
-    for name, value in (("config", config), ("max_accuracy_drop", max_accuracy_drop)):
-        if value is not None:
-            raise ConfigError(
-                f"{name} is given, but with numerics={numerics!r} nothing is quantized",
-                where=name,
-                remedy=f"leave {name} or numerics out",
-            )
-    if pipeline is None:
-        return float_pipeline(numerics)
-    found = {step.numerics for step in pipeline if isinstance(step, FuseFloat)}
-    if found != {numerics} or any(Property.QDQ in step.establishes for step in pipeline):
-        raise ConfigError(
-            f"the pipeline is not one for numerics={numerics!r}",
-            where="pipeline",
-            remedy=f"start from qcompile.passes.float_pipeline({numerics!r})",
-        )
-    return pipeline
 
 
 def compile_program(

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pt2e
 import pytest
 import torch
 from passing import randn
@@ -399,3 +400,23 @@ def test_a_trained_model_stays_as_it_was_trained() -> None:
         qcompile.compile(model, max_accuracy_drop=0.1, evaluation=data)
     with pytest.raises(ConfigError, match="the config is a str"):
         qcompile.prepare_qat(_layers(), calibration=data, config="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_that_was_quantized_elsewhere_stays_as_it_was(nested: bool) -> None:
+    data = [randn(4, 16, seed=i) for i in range(5)]
+    model = pt2e.convert(_layers(), pt2e.Everything(), data)
+    given = nn.Sequential(model, nn.ReLU()) if nested else model
+    for options in ({"numerics": "float32"}, {"numerics": "bfloat16"}, {"max_accuracy_drop": 0.1, "evaluation": data}):
+        with pytest.raises(ConfigError, match="quantized elsewhere") as caught:
+            qcompile.compile(given, example_inputs=data[0], **options)
+        assert caught.value.where == next(iter(options))
+        assert caught.value.remedy == "leave it out, or compile the float model"
+    assert qcompile.compile(given, example_inputs=data[0]).coverage
+
+
+def test_strict_and_float_numerics_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="strict=True refuses operators in float") as caught:
+        qcompile.compile(_layers(), example_inputs=randn(4, 16), numerics="float32", strict=True)
+    assert caught.value.where == "strict"
+    assert caught.value.remedy == "leave strict or numerics out"
