@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,12 @@ def test_no_file_reads_pickles_or_evaluates_text() -> None:
         called = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
         assert not called & {"eval", "exec", "pickle.load", "pickle.loads"}, name
         assert "pickle" not in imports_of(name), name
+
+
+def test_the_design_names_what_is_public_and_every_target() -> None:
+    text = (ROOT / "docs" / "design.md").read_text().split("## The public names")[1].split("\n## ")[0]
+    table, targets = text.split("\nTargets: ")
+    named = {name for row in table.splitlines() if row.startswith("| to") for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(qcompile.__all__)
+    own = set(qcompile.targets.names()) - {entry.name for entry in entry_points(group="qcompile.targets")}
+    assert set(re.findall(r"`([\w-]+)`", targets)) == own
