@@ -51,9 +51,10 @@ def read_data(program: Any, path: Path, batch: int | None, labels: str | None) -
 def read_arrays(path: Path, kind: type[QcompileError]) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; raises `kind`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise ValueError("it holds one bare array")
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one bare array")
+        with loaded as file:
             arrays = {name: file[name] for name in file.files}
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("it holds something other than arrays")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import ops
+from qcompile.arith import QMAX, QMIN
 from qcompile.ir import Program, Stage, is_constant
 from qcompile.observers import Observer
 
@@ -34,7 +36,12 @@ LEGAL = {
     Stage.QDQ: Legal(frozenset({"quantized_decomposed"})),
     Stage.INTEGER: Legal(frozenset({"qcompile"})),
 }
+_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _STAGED = frozenset().union(*(legal.namespaces for legal in LEGAL.values()))
+
+_POSITIVE = ("scale", "inv_scale", "ratio")  # arguments of operators that quantize: numbers with a reciprocal
+_ZERO_POINTS = {torch.uint8: (0, 255)}  # by the type of a node's values or operand; int8's otherwise
 
 Interface = tuple[tuple[torch.dtype, int], ...]
 
@@ -85,8 +92,25 @@ def _objection(program: Program, node: fx.Node, legal: Legal) -> str | None:
         return None if _is_scalar_code(node) else f"{node.target} is not an ATen operator"
     if node.target.namespace in _STAGED - legal.namespaces:
         return f"{node.target} belongs to another stage"
-    if program.stage is Stage.INTEGER and node.target.namespace != "qcompile":
-        return _mixes_int8(node)
+    if node.target.namespace in legal.namespaces:
+        return _bad_quantization(node)
+    return _mixes_int8(node) if program.stage is Stage.INTEGER else None
+
+
+def _bad_quantization(node: fx.Node) -> str | None:
+    """Scales are positive and finite, zero points are integers of the type, and dequantize undoes its quantize."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    low, high = _ZERO_POINTS.get(given.get("dtype"), (QMIN, QMAX))  # type: ignore[arg-type]
+    for name, value in given.items():
+        if name in _POSITIVE and isinstance(value, (int, float)) and not 0 < value < math.inf:
+            return f"{name} is {value}, and must be positive and finite"
+        if name.endswith("zero_point") and isinstance(value, int) and not low <= value <= high:
+            return f"{name} is {value}, and must be from {low} to {high}"
+    before = node.args[0]
+    behind_quantize = node.target is _DEQUANTIZE and isinstance(before, fx.Node) and before.target is _QUANTIZE
+    if behind_quantize and node.args[1:] != before.args[1:]:  # type: ignore[union-attr]
+        return f"it takes {node.args[1:]}, and the quantize in front of it {before.args[1:]}"  # type: ignore[union-attr]
     return None
 
 

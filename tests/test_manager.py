@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,9 +17,10 @@ from qcompile.capture import capture
 from qcompile.errors import CalibrationError, PassError, PipelineError
 from qcompile.ir import Program, Property, Stage
 from qcompile.manager import PassManager, check_order
-from qcompile.passes import Context, Pass
+from qcompile.passes import Context, Pass, default_pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.fold_batchnorm import FoldBatchnorm
+from qcompile.quantizer import quantize
 from qcompile.text import graph_text
 from qcompile.verify import interface
 
@@ -177,6 +179,65 @@ def test_a_pass_that_breaks_the_graph_is_named(case: str) -> None:
     assert caught.value.what.startswith("pass 'step' ")
     assert f"pass 'step' ({Step.__module__}.Step), after canonicalize" in str(caught.value.where)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("scale", 0.0, "scale is 0.0, and must be positive and finite"),
+        ("scale", -1.0, "scale is -1.0"),
+        ("scale", math.nan, "scale is nan"),
+        ("scale", math.inf, "scale is inf"),
+        ("zero_point", 500, "zero_point is 500, and must be from -128 to 127"),
+        ("zero_point", -129, "zero_point is -129"),
+    ],
+)
+@pytest.mark.parametrize("operator", ["quantize_per_tensor", "dequantize_per_tensor"])
+def test_a_pass_that_writes_an_impossible_quantization_is_named(
+    operator: str, argument: str, value: float, message: str
+) -> None:
+    with pytest.raises(PassError, match=f"pass 'edit' left an illegal graph: {message}"):
+        compiled_with_edit(f"{operator}.default", argument, value, "quantize")
+
+
+def test_a_pass_that_lets_dequantize_differ_from_quantize_is_named() -> None:
+    with pytest.raises(PassError, match=r"pass 'edit' left an illegal graph: it takes .*in front of it"):
+        compiled_with_edit("dequantize_per_tensor.default", "scale", 0.123, "quantize")
+
+
+@pytest.mark.parametrize(
+    ("operator", "argument", "value"),
+    [
+        ("quantize", "inv_scale", 0.0),
+        ("quantize", "inv_scale", math.nan),
+        ("quantize", "zero_point", 2**31),
+        ("dequantize", "scale", math.inf),
+        ("conv2d", "zero_point", 500),
+    ],
+)
+def test_the_same_among_integers(operator: str, argument: str, value: float) -> None:
+    with pytest.raises(PassError, match=r"pass 'edit' left an illegal graph: (inv_scale|scale|\w*zero_point) is"):
+        compiled_with_edit(f"{operator}.default", argument, value, "fuse_requantize")
+
+
+def compiled_with_edit(operator: str, argument: str, value: float, behind: str) -> None:
+    """Quantize a convolution in a pipeline with a pass that sets an argument of each call of `operator`."""
+
+    @dataclass(frozen=True)
+    class Edit(Pass):
+        name: ClassVar[str] = "edit"
+
+        def run(self, program: Program, context: Context) -> bool:
+            nodes = [n for n in program.graph.nodes if str(n.target).split(".", 1)[-1] == operator]
+            assert nodes
+            for node in nodes:
+                at = [a.name for a in node.target._schema.arguments].index(argument)
+                node.args = (*node.args[:at], value, *node.args[at + 1 :])
+            return True
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    pipeline = default_pipeline().after(behind, Edit())
+    quantize(model, calibration=[torch.randn(16, 3, 8, 8)], pipeline=pipeline)
 
 
 def test_a_rule_that_raises_names_the_node_the_module_and_the_line() -> None:
