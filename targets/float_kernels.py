@@ -84,6 +84,31 @@ def _clamp(ops: FloatOps, node: fx.Node) -> Any:
     return result
 
 
+def _within(ops: FloatOps, index: relax.Expr, dtype: str, size: Any) -> relax.Expr:
+    """`index` clamped to a dimension of `size`: machine code reads and writes nothing outside of a tensor.
+
+    PyTorch raises an error for such an index, which a kernel cannot.
+    """
+    emit = ops.low.builder.emit
+    if isinstance(size, int):
+        last = relax.const(size - 1, dtype)
+    else:
+        last = emit(relax.op.astype(relax.op.shape_to_tensor(relax.ShapeExpr([size - 1])), dtype))
+    return emit(relax.op.maximum(emit(relax.op.minimum(index, last)), relax.const(0, dtype)))
+
+
+def _along_indices(ops: FloatOps, node: fx.Node) -> relax.Expr:
+    """What is at each index, along one dimension of a tensor."""
+    table = "weight" if node.target is aten.embedding.default else "self"
+    x, index = argument(node, table), argument(node, "indices" if table == "weight" else "index")
+    shape = ops.low.shape(x)
+    dim = 0 if table == "weight" else argument(node, "dim") % max(len(shape), 1)
+    inside = _within(ops, ops.value(index), dtype_of(index), shape[dim]) if shape else ops.value(index)
+    if node.target is aten.gather.default:
+        return ops.low.builder.emit(relax.op.gather_elements(ops.value(x), inside, dim))
+    return ops.low.builder.emit(relax.op.take(ops.value(x), inside, dim, mode="clip"))
+
+
 def _index(ops: FloatOps, node: fx.Node) -> Any:
     """The frontend's, but a negative index counts from the end."""
     env, emit = ops.importer.env, ops.low.builder.emit
@@ -98,7 +123,8 @@ def _index(ops: FloatOps, node: fx.Node) -> Any:
                 raise NotImplementedError("it indexes a dynamic dimension by values that may be negative")
             index, zero = kept[n], relax.const(0, dtype_of(n))
             from_end = emit(relax.op.add(index, relax.const(shape[i], dtype_of(n))))
-            env[n] = emit(relax.op.where(emit(relax.op.less(index, zero)), from_end, index))
+            counted = emit(relax.op.where(emit(relax.op.less(index, zero)), from_end, index))
+            env[n] = _within(ops, counted, dtype_of(n), shape[i])
         return ops.importer.convert_map["index.Tensor"](node)
     finally:
         env.update(kept)
@@ -124,8 +150,9 @@ def _scatter(reduction: str) -> Callable[[FloatOps, fx.Node], Any]:
         if [str(d) for d in shape] != [str(d) for d in ops.low.shape(updates)]:
             axes = list(range(len(shape)))
             source = emit(relax.op.strided_slice(source, axes, [0] * len(axes), list(shape)))
-        scattered = relax.op.scatter_elements(ops.value(x), ops.value(index), source, argument(node, "dim"), reduction)
-        return emit(scattered)
+        dim, whole = argument(node, "dim"), ops.low.shape(x)
+        inside = _within(ops, ops.value(index), dtype_of(index), whole[dim]) if whole else ops.value(index)
+        return emit(relax.op.scatter_elements(ops.value(x), inside, source, dim, reduction))
 
     return convert
 
@@ -139,6 +166,9 @@ CONVERSIONS: dict[Any, Callable[[FloatOps, fx.Node], Any]] = {
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,
     aten.clamp_max.default: _clamp,
+    aten.embedding.default: _along_indices,
+    aten.gather.default: _along_indices,
+    aten.index_select.default: _along_indices,
     aten.index.Tensor: _index,
     aten.select.int: _select,
     aten.scatter.src: _scatter("update"),

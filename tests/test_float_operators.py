@@ -3,6 +3,8 @@ the ledger; what cannot be compiled is refused by its name, module and line."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from float_models import MODELS
@@ -150,3 +152,40 @@ def test_a_sequence_may_have_any_length_that_was_declared() -> None:
     compiled = qcompile.compile(model, calibration=[randn(2, 5, 12)], dynamic_shapes=(dims,))
     for batch, length in ((1, 7), (3, 2), (2, 5)):
         assert same_answers(compiled, randn(batch, length, 12, seed=length))
+
+
+class Rows(nn.Module):
+    """Reads or writes rows of a matrix, chosen at run time."""
+
+    def __init__(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.choose = nn.Linear(8, 4), choose
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        return self.choose(self.linear(x), rows)
+
+
+def wide(rows: Tensor) -> Tensor:
+    return rows[:, None].expand(-1, 4)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda h, rows: h.index_select(0, rows),
+        lambda h, rows: h[rows],
+        lambda h, rows: h.gather(0, wide(rows)),
+        lambda h, rows: torch.zeros(16, 4).scatter_add(0, wide(rows), h[:6]),
+        lambda h, rows: functional.embedding(rows, h),
+    ],
+    ids=["index_select", "index", "gather", "scatter_add", "embedding"],
+)
+def test_an_index_out_of_range_touches_no_other_memory(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """It counts as the nearest one there is. (PyTorch raises an error.)"""
+    x, rows = torch.randn(16, 8), torch.tensor([0, 15, 3, 3, 7, 1])
+    compiled = qcompile.compile(randomize(Rows(choose)), calibration=[(x, rows)])
+    assert same_answers(compiled, x, rows)
+    for outside, nearest in ((16, 15), (10**9, 15), (-(10**9), 0)):
+        torch.testing.assert_close(
+            compiled(x, torch.full((6,), outside)), compiled(x, torch.full((6,), nearest)), rtol=0, atol=0
+        )
