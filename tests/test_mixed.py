@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pt2e
 import pytest
 import torch
 from passing import randn
@@ -24,7 +23,7 @@ from qcompile.config import QuantConfig
 from qcompile.errors import AccuracyWarning, CalibrationError, ConfigError, QcompileError
 from qcompile.ir import Program, Property
 from qcompile.metrics import Predict
-from qcompile.passes import Context, Pass, default_pipeline, float_pipeline
+from qcompile.passes import Context, Pass, default_pipeline
 from qcompile.passes.fuse_float import FuseFloat
 from qcompile.quantizer import prepared
 from qcompile.simulation import Simulation
@@ -380,43 +379,3 @@ def test_where_there_is_nothing_to_choose_the_target_is_said_to_be_missed() -> N
     assert found.choices is not None
     assert not found.choices.met
     assert not found.choices.rows
-
-
-@pytest.mark.parametrize("numerics", ["bfloat16", "float32"])
-def test_a_pipeline_of_other_numerics_is_refused(numerics: str) -> None:
-    data = [randn(4, 16, seed=i) for i in range(5)]
-    other = {"bfloat16": "float32", "float32": "bfloat16"}[numerics]
-    for pipeline in (default_pipeline(), float_pipeline(other)):
-        with pytest.raises(ConfigError, match="the pipeline is not one for numerics"):
-            qcompile.compile(_layers(), calibration=data, numerics=numerics, pipeline=pipeline)
-
-
-def test_a_trained_model_stays_as_it_was_trained() -> None:
-    data = [randn(4, 16, seed=i) for i in range(5)]
-    model = qcompile.prepare_qat(_layers(), calibration=data)
-    with pytest.raises(ConfigError, match="trained as int8"):
-        qcompile.compile(model, numerics="bfloat16")
-    with pytest.raises(ConfigError, match="trained as int8"):
-        qcompile.compile(model, max_accuracy_drop=0.1, evaluation=data)
-    with pytest.raises(ConfigError, match="the config is a str"):
-        qcompile.prepare_qat(_layers(), calibration=data, config="fast")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_model_that_was_quantized_elsewhere_stays_as_it_was(nested: bool) -> None:
-    data = [randn(4, 16, seed=i) for i in range(5)]
-    model = pt2e.convert(_layers(), pt2e.Everything(), data)
-    given = nn.Sequential(model, nn.ReLU()) if nested else model
-    for options in ({"numerics": "float32"}, {"numerics": "bfloat16"}, {"max_accuracy_drop": 0.1, "evaluation": data}):
-        with pytest.raises(ConfigError, match="quantized elsewhere") as caught:
-            qcompile.compile(given, example_inputs=data[0], **options)
-        assert caught.value.where == next(iter(options))
-        assert caught.value.remedy == "leave it out, or compile the float model"
-    assert qcompile.compile(given, example_inputs=data[0]).coverage
-
-
-def test_strict_and_float_numerics_contradict_each_other() -> None:
-    with pytest.raises(ConfigError, match="strict=True refuses operators in float") as caught:
-        qcompile.compile(_layers(), example_inputs=randn(4, 16), numerics="float32", strict=True)
-    assert caught.value.where == "strict"
-    assert caught.value.remedy == "leave strict or numerics out"
