@@ -251,20 +251,29 @@ class _Search:
         without them all, else without quarters, and so on; those that cost most are tried together. A layer whose
         conversions would cost more than it saves is kept."""
         found: list[Left] = []
+        dear: set[str] = set()  # kept for their conversions, which may be another matter once others are given up
 
         def spare(names: list[str]) -> None:
             now = found[-1] if found else left
             smaller = now.difference(names)
-            if tradeoff.cost(smaller) < tradeoff.cost(now) and self._simulated(smaller) >= least:
+            saves = tradeoff.cost(smaller) < tradeoff.cost(now)
+            if saves and self._simulated(smaller) >= least:
                 found.append(smaller)
             elif len(names) > 1:
                 half = len(names) // 2
                 spare(names[:half])
                 spare(names[half:])
+            elif not saves:
+                dear.update(names)
             self.report("layers that are needed", len(found[-1] if found else left), len(left))
 
         saves = {name: tradeoff.cost(left) - tradeoff.cost(left - {name}) for name in left}
-        spare(sorted(left, key=lambda name: (-saves[name], name)))
+        names = sorted(left, key=lambda name: (-saves[name], name))
+        while names:
+            dear.clear()
+            before = len(found)
+            spare(names)
+            names = [name for name in names if name in dear] if len(found) > before else []
         return found
 
     def _row(
