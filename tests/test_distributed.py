@@ -42,6 +42,8 @@ else:
     found["smooth"] = [float(v) for v in smoothed(x).flatten()]
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
     json.dump(found, file)
+if count > 1:
+    torch.distributed.destroy_process_group()  # or its threads may still run when the process ends, which aborts it
 """
 
 

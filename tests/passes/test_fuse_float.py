@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.capture import capture
-from qcompile.errors import ConfigError, QcompileError, StrictError
+from qcompile.errors import ConfigError, QcompileError
 from qcompile.ir import Program
 from qcompile.manager import PassManager
 from qcompile.ops.real import BFLOAT16, FLOAT32, FLOAT_CONV2D, FLOAT_LINEAR, NUMERICS, OPS, is_rounded
@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[QcompileError], str]] = {
     "unknown": ({"numerics": "float16"}, ConfigError, "unknown numerics 'float16'"),
     "config": ({"numerics": "bfloat16", "config": qcompile.QuantConfig()}, ConfigError, "config is given"),
     "search": ({"numerics": "bfloat16", "max_accuracy_drop": 0.1}, ConfigError, "max_accuracy_drop is given"),
-    "strict": ({"numerics": "float32", "strict": True}, StrictError, "would stay float"),
+    "strict": ({"numerics": "float32", "strict": True}, ConfigError, "strict=True refuses operators in float"),
     "no inputs": ({"numerics": "float32", "example_inputs": None}, QcompileError, "no example inputs"),
 }
 
