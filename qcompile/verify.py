@@ -14,6 +14,7 @@ from qcompile import ops
 from qcompile.arith import QMAX, QMIN
 from qcompile.ir import Program, Stage, is_constant
 from qcompile.observers import Observer
+from qcompile.qdq import NAMESPACE, is_dequantize
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,9 @@ class Legal:
 LEGAL = {
     Stage.FLOAT: Legal(frozenset()),
     Stage.OBSERVED: Legal(frozenset(), observers=True),
-    Stage.QDQ: Legal(frozenset({"quantized_decomposed"})),
+    Stage.QDQ: Legal(frozenset({NAMESPACE})),
     Stage.INTEGER: Legal(frozenset({"qcompile"})),
 }
-_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-_DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _STAGED = frozenset().union(*(legal.namespaces for legal in LEGAL.values()))
 
 _POSITIVE = ("scale", "inv_scale", "ratio")  # arguments of operators that quantize: numbers with a reciprocal
@@ -107,10 +106,8 @@ def _bad_quantization(node: fx.Node) -> str | None:
             return f"{name} is {value}, and must be positive and finite"
         if name.endswith("zero_point") and isinstance(value, int) and not low <= value <= high:
             return f"{name} is {value}, and must be from {low} to {high}"
-    before = node.args[0]
-    behind_quantize = node.target is _DEQUANTIZE and isinstance(before, fx.Node) and before.target is _QUANTIZE
-    if behind_quantize and node.args[1:] != before.args[1:]:  # type: ignore[union-attr]
-        return f"it takes {node.args[1:]}, and the quantize in front of it {before.args[1:]}"  # type: ignore[union-attr]
+    if is_dequantize(node) and node.args[1:] != (before := node.args[0].args[1:]):  # type: ignore[union-attr]
+        return f"it takes {node.args[1:]}, and the quantize in front of it {before}"
     return None
 
 
