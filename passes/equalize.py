@@ -26,8 +26,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from qcompile.channels import LAYERS, Link, bias_of, columns, link, move, per_column, rows, weight_of
-from qcompile.ir import Program, Property, call_nodes
+from qcompile.channels import LAYERS, Link, bias_of, columns, links_behind, move, per_column, rows, weight_of
+from qcompile.ir import Program, Property
 from qcompile.passes.base import Context, Pass
 
 _SETTLED = 1e-3  # of the logarithm of a factor
@@ -42,13 +42,7 @@ class Equalize(Pass):
     requires: ClassVar[frozenset[Property]] = frozenset({Property.FLOAT, Property.CANONICAL, Property.BATCHNORM_FOLDED})
 
     def run(self, program: Program, context: Context) -> bool:
-        links: list[Link] = []
-        for node in call_nodes(program.graph, LAYERS):
-            found = link(node)
-            if isinstance(found, str):
-                program.ledger.decline(self.name, node, found)
-            else:
-                links.append(found)
+        links = links_behind(program, LAYERS, self.name)
         changed = False
         for each, factors in zip(links, _factors(program, links), strict=True):
             if float(factors.log().abs().max()) > _SETTLED and context.spend(self.name, each.maker):

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.batches import Batches, empty
-from qcompile.channels import MAKERS, Link, columns, link, move, weight_of
+from qcompile.channels import MAKERS, Link, columns, links_behind, move, weight_of
 from qcompile.distributed import processes
 from qcompile.errors import CalibrationError, ConfigError
-from qcompile.ir import Program, Property, call_nodes
+from qcompile.ir import Program, Property
 from qcompile.passes.base import Context, Pass
 from qcompile.passes.calibrate import check_batch
 
@@ -61,13 +61,7 @@ class Smooth(Pass):
             )
 
     def run(self, program: Program, context: Context) -> bool:
-        links: list[Link] = []
-        for node in call_nodes(program.graph, MAKERS):
-            found = link(node)
-            if isinstance(found, str):
-                program.ledger.decline(self.name, node, found)
-            else:
-                links.append(found)
+        links = links_behind(program, MAKERS, self.name)
         if any(each.maker.name not in context.maxima for each in links):
             _measure(program, context, links, self.samples)
         changed = False

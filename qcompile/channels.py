@@ -9,13 +9,14 @@ prelu, pooling, a reshape that leaves the channels where they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir import MOMENTS, Program, add_constant, constant, is_constant, is_tensor, origin, shape_of
+from qcompile.ir import MOMENTS, Program, add_constant, call_nodes, constant, is_constant, is_tensor, origin, shape_of
 from qcompile.ops.conv import argument
 from qcompile.ops.unary import clamp_bounds
 
@@ -70,6 +71,18 @@ def link(maker: fx.Node) -> Link | str:
     if reason:
         return reason
     return Link(maker, tuple(readers)) if readers else "no layer reads it"
+
+
+def links_behind(program: Program, makers: Iterable[Any], rule: str) -> list[Link]:
+    """The links that calls of `makers` begin, in graph order; the ledger says of `rule` why others begin none."""
+    found: list[Link] = []
+    for node in call_nodes(program.graph, makers):
+        begun = link(node)
+        if isinstance(begun, str):
+            program.ledger.decline(rule, node, begun)
+        else:
+            found.append(begun)
+    return found
 
 
 def _walk(tensor: fx.Node, axis: int, readers: list[fx.Node]) -> str:
