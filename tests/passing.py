@@ -146,5 +146,10 @@ def network(seed: int = 0) -> nn.Module:
     )
 
 
+def two_linears() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
+
+
 def images(count: int = 8, batch: int = 1) -> list[Tensor]:
     return [randn(batch, 3, 10, 10, seed=i) for i in range(count)]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from passing import randn
+from passing import randn, two_linears
 from torch import Tensor, nn
 
 import qcompile
@@ -357,13 +357,8 @@ def test_tensors_are_left_as_they_were() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _layers() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
-
-
 def test_where_there_is_nothing_to_choose_the_target_is_said_to_be_missed() -> None:
-    model, data = _layers(), [randn(4, 16, seed=i) for i in range(5)]
+    model, data = two_linears(), [randn(4, 16, seed=i) for i in range(5)]
 
     def metric(predict: Predict) -> float:
         return -float((predict(data[0]) - model(data[0])).abs().mean())
