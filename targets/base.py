@@ -113,6 +113,7 @@ class InstructionSet:
         tap_dots: exact dot products at each width, widest first; empty where it has none.
         lookup: (table of 16 float32, 16 int32) -> the entries that the low four bits choose; None where it has none.
         bfloat16: multiplies bfloat16 in one instruction; None where it takes float32's.
+        issue: how many vectors its processors load or multiply in a cycle: one number for each kind that there is.
         l1_bytes, l2_bytes: caches of one core, for choosing tiles and the loop order.
     """
 
@@ -124,6 +125,7 @@ class InstructionSet:
     tap_dots: tuple[TapDot, ...] = ()
     lookup: Callable[[Any, Any], Any] | None = None
     bfloat16: Products | None = None
+    issue: tuple[int, ...] = (1,)
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20
 

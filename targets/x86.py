@@ -153,6 +153,7 @@ AVX512_VNNI = InstructionSet(
         _tap_dot(lanes, _narrow(4, lanes, *by)) for lanes, by in ((16, _NARROW_512), (8, _NARROW_256), (4, _NARROW_128))
     ),
     lookup=lambda table, index: _llvm("float32x16", "llvm.x86.avx512.permvar.sf.512", table, index),
+    issue=(1, 2),  # AMD Zen 4, and Intel's servers
 )
 AVX512_BF16 = replace(AVX512_VNNI, bfloat16=VDPBF16PS)
 AVX2 = InstructionSet(

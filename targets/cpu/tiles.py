@@ -8,8 +8,10 @@ from qcompile.targets.base import DotProduct, InstructionSet, Products
 from qcompile.targets.cpu.filters import ConvShape
 from qcompile.targets.layout import align
 
-MOST_ROWS, MOST_VECTORS = 8, 8  # larger tiles gain nothing, and overlap less with the next one
-HIDDEN = 24  # cycles of storing that out-of-order execution hides
+MOST_ROWS, MOST_VECTORS = 14, 8  # larger tiles gain nothing, and overlap less with the next one
+LATENCY = 5  # cycles until a sum can be added to again
+LOOP = 1  # cycles that a step of many instructions loses to its loop and to imperfect order
+HIDDEN = 24  # cycles of storing that out-of-order execution hides; of two multiplications a cycle, a quarter
 L2_BYTES_A_CYCLE = 24  # as streams of weights reach it, of 32 at best
 
 
@@ -35,7 +37,8 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, ste
     `steps`: taps x words of four bytes of activations. A step takes as long as its dot products, its loads, the latency
     of the accumulators, or its weights from the second-level cache, whichever is the longest. Storing takes
     three instructions for a vector of sums and six for one of bytes, two a cycle; what a small tile stores is
-    hidden behind the next one's first steps.
+    hidden behind the next one's first steps. Where processors differ in how many vectors they multiply in a cycle,
+    a tile counts by the sum of what it takes on each, relative to the best tile there.
     """
     total = align(shape.y.channels, isa.lanes) // isa.lanes
     width = shape.y.extents[2]
@@ -44,17 +47,17 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, ste
     width_of_vector = 4 * isa.lanes  # bytes
     outer = steps * total * width_of_vector > isa.l2_bytes // 2  # the weights alone fill half of the cache
 
-    def tile(rows: int, vectors: int) -> float:
+    def tile(rows: int, vectors: int, issue: int) -> float:
         weights = dot.planes * vectors  # loaded in a step
         reused = weights if outer else dot.planes * total  # before the loop comes back to them
         far = weights * width_of_vector / L2_BYTES_A_CYCLE if steps * reused * width_of_vector > isa.l1_bytes else 0.0
-        step = max(dot.cycles * rows * vectors, weights + rows, 5, far)
+        step = max(dot.cycles * rows * vectors / issue, (weights + rows) / issue, LATENCY, far) + LOOP
         store = rows * (3 * vectors + 6 * len(isa.narrows_for(vectors))) / 2
-        return steps * step + max(0.0, store - HIDDEN) if rows else 0.0
+        return steps * step + max(0.0, store - HIDDEN / issue**2) if rows else 0.0
 
-    def cycles(config: tuple[int, int]) -> float:
+    def cycles(config: tuple[int, int], issue: int) -> float:
         rows, vectors = config
-        return total // vectors * (width // rows * tile(rows, vectors) + tile(width % rows, vectors))
+        return total // vectors * (width // rows * tile(rows, vectors, issue) + tile(width % rows, vectors, issue))
 
     limit = total if shape.groups == 1 else max(1, shape.y.channels // shape.groups // isa.lanes)
     able = [
@@ -63,5 +66,10 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, ste
         for rows in range(1, min(MOST_ROWS, max(1, width)) + 1)
         if total % vectors == 0 and (rows + dot.planes) * vectors + spare <= isa.registers
     ]
-    ranked = sorted(able, key=lambda tile: (cycles(tile), -tile[1]))  # of equals, the one of fewer blocks
+    least = {issue: min(cycles(tile, issue) for tile in able) for issue in isa.issue}
+
+    def rank(tile: tuple[int, int]) -> tuple[float, int]:
+        return sum(cycles(tile, issue) / least[issue] for issue in isa.issue), -tile[1]  # of equals, fewer blocks
+
+    ranked = sorted(able, key=rank)
     return [ConvConfig(*tile, order) for tile in ranked for order in (outer, not outer)]
