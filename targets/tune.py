@@ -74,13 +74,16 @@ def best_known(
 ) -> Chosen:
     """The configs to compile `program` with: what ships, overridden by what `tuning` knows or measures now.
 
+    Of what ships, only what was measured on a processor like this one: on another the default may well be the faster.
+
     Raises:
         ConfigError: there is no such database, or it is none. And what `tune` raises.
     """
     tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
     if tuning.database is not None and tuning.measure:
         tune(program, target, tuning, threads, progress)
-    entries = Database(SHIPPED).entries() if tuning.shipped else []
+    shipped = Database(SHIPPED).entries() if tuning.shipped else []
+    entries = [entry for entry in shipped if entry.processor == processor()]
     if tuning.database is not None:
         entries += Database(tuning.database).entries()
     return nearest(entries, target, threads or cores())

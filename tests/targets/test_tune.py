@@ -276,3 +276,18 @@ def test_the_shipped_database_is_of_this_version_and_sound() -> None:
     assert entries
     assert len(Database(SHIPPED).chosen(target, 2)) == len({(e.operator, e.shape) for e in entries})
     assert all(np.isfinite(entry.gain) and entry.gain >= 1 for entry in entries)
+
+
+def test_what_ships_counts_on_the_processor_that_was_measured(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Database(SHIPPED).entries()[0].processor
+    program, target = quantize(model, calibration=images()).program, get("x86-avx512-vnni")
+
+    def chosen() -> object:
+        return tune.best_known(program, target, None, 2, None)
+
+    monkeypatch.setattr(tune, "processor", lambda: measured)
+    assert chosen() == Database(SHIPPED).chosen(target, 2)
+    monkeypatch.setattr(tune, "processor", lambda: "another")
+    assert chosen() == {}
