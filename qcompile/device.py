@@ -17,6 +17,9 @@ from collections.abc import Iterable
 from functools import cache
 
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
+_AMX = frozenset({"amxtile", "amxint8", "amxbf16", "amxfp16", "amxcomplex"})
+# Numbers of arch/x86/include/uapi/asm/prctl.h, and of the system call.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 # Bit numbers of arch/arm64/include/uapi/asm/hwcap.h.
 _HWCAP = {"fp": 0, "asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20, "sve": 22}
 _HWCAP2 = {"sve2": 1, "i8mm": 13, "bf16": 14}
@@ -42,6 +45,15 @@ def _x86_features(cpuinfo: str) -> frozenset[str]:
     return frozenset(flag.replace("_", "") for flag in flags.split())
 
 
+def _may_use_amx(found: frozenset[str]) -> bool:
+    """Ask Linux for the tile registers, which it keeps from a process until then ("Using XSTATE features in user
+    space applications" in its documentation)."""
+    if "amxtile" not in found:
+        return False
+    request = (ctypes.c_long(number) for number in (_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA))
+    return bool(ctypes.CDLL(None).syscall(*request) == 0)
+
+
 def _arm_features(hwcap: int, hwcap2: int) -> frozenset[str]:
     found = [name for name, bit in _HWCAP.items() if hwcap >> bit & 1]
     return frozenset(found + [name for name, bit in _HWCAP2.items() if hwcap2 >> bit & 1])
@@ -57,7 +69,8 @@ def machine() -> tuple[str, frozenset[str]]:
     if sys.platform != "linux":
         return name, frozenset()
     if name == "x86_64":
-        return name, _x86_features(_cpuinfo())
+        found = _x86_features(_cpuinfo())
+        return name, found if _may_use_amx(found) else found - _AMX
     if name == "aarch64":
         getauxval = ctypes.CDLL(None).getauxval
         getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]

@@ -101,6 +101,25 @@ class TapDot:
 
 
 @dataclass(frozen=True)
+class MatrixUnit:
+    """Registers that hold tiles of matrices, and multiply them exactly: uint8 by int8 into int32.
+
+    Attributes:
+        name: as kernels report it.
+        tiles: how many registers.
+        rows: of a tile of pixels or sums.
+        depth: groups of four channels in a row of pixels, and rows of a tile of weights.
+        registers: (tiles of pixels, of channels, rows, depth) of a block -> its registers, as instructions to call.
+    """
+
+    name: str
+    tiles: int
+    rows: int
+    depth: int
+    registers: Callable[[int, int, int, int], Any]
+
+
+@dataclass(frozen=True)
 class InstructionSet:
     """The row of facts that turns the shared CPU generators into one processor's kernels.
 
@@ -113,6 +132,7 @@ class InstructionSet:
         tap_dots: exact dot products at each width, widest first; empty where it has none.
         lookup: (table of 16 float32, 16 int32) -> the entries that the low four bits choose; None where it has none.
         bfloat16: multiplies bfloat16 in one instruction; None where it takes float32's.
+        matrix: its matrix unit; None where it has none.
         issue: how many vectors its processors load or multiply in a cycle: one number for each kind that there is.
         l1_bytes, l2_bytes: caches of one core, for choosing tiles and the loop order.
     """
@@ -125,6 +145,7 @@ class InstructionSet:
     tap_dots: tuple[TapDot, ...] = ()
     lookup: Callable[[Any, Any], Any] | None = None
     bfloat16: Products | None = None
+    matrix: MatrixUnit | None = None
     issue: tuple[int, ...] = (1,)
     l1_bytes: int = 32 << 10
     l2_bytes: int = 1 << 20

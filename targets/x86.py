@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import DotProduct, InstructionSet, Narrow, Products, TapDot, Target
+from qcompile.targets import amx
+from qcompile.targets.base import DotProduct, InstructionSet, MatrixUnit, Narrow, Products, TapDot, Target
 from qcompile.targets.cpu.products import pairs
 
 
@@ -156,6 +157,13 @@ AVX512_VNNI = InstructionSet(
     issue=(1, 2),  # AMD Zen 4, and Intel's servers
 )
 AVX512_BF16 = replace(AVX512_VNNI, bfloat16=VDPBF16PS)
+AMX = replace(
+    AVX512_BF16,
+    matrix=MatrixUnit("tdpbusd", amx.TILES, amx.ROWS, amx.DEPTH, amx.AmxRegisters),
+    issue=(2,),
+    l1_bytes=48 << 10,
+    l2_bytes=2 << 20,
+)
 AVX2 = InstructionSet(
     "uint8",
     lanes=8,
@@ -166,11 +174,27 @@ AVX2 = InstructionSet(
 
 _LINKERS = ("gcc", "cc", "clang", "ld.lld", "x86_64-linux-gnu-ld", "ld")
 
+_AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+
 TARGETS = (
+    Target(
+        name="x86-amx",
+        machine="x86_64",
+        features=(*_AVX512, "avx512bf16", "amxtile", "amxint8"),
+        tvm={
+            "kind": "llvm",
+            "mtriple": "x86_64-linux-gnu",
+            "mcpu": "cooperlake",
+            "mattr": ["-prefer-256-bit", "+amx-tile", "+amx-int8"],
+        },
+        isa=AMX,
+        linkers=_LINKERS,
+        rank=40,
+    ),
     Target(
         name="x86-avx512-vnni",
         machine="x86_64",
-        features=("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
+        features=_AVX512,
         tvm={
             "kind": "llvm",
             "mtriple": "x86_64-linux-gnu",
@@ -184,7 +208,7 @@ TARGETS = (
     Target(
         name="x86-avx512-bf16",
         machine="x86_64",
-        features=("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512bf16"),
+        features=(*_AVX512, "avx512bf16"),
         tvm={
             "kind": "llvm",
             "mtriple": "x86_64-linux-gnu",

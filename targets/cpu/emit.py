@@ -11,7 +11,7 @@ LLVM sees straight-line code.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,12 @@ class Registers:
 def parallel(extent: Dim) -> Any:
     """A parallel loop, or none where there is one task: a launch costs more than it could save."""
     return T.serial(0, 1) if isinstance(extent, int) and extent == 1 else T.parallel(0, extent)
+
+
+def on_each_thread(extent: Dim) -> Any:
+    """Within, every thread runs what is outside of the one `parallel` loop of this extent, and its part of the loop."""
+    alone = isinstance(extent, int) and extent == 1
+    return nullcontext() if alone else T.attr(0, "pragma_parallel_launch_point", 1)
 
 
 def fill(buffer: Any, offset: Any, count: Dim, value: Any) -> None:

@@ -14,10 +14,8 @@ from tvm import tirx
 
 from qcompile.ops.pool import adaptive_windows, window_counts
 from qcompile.targets.cpu import copy, elementwise, pool
-from qcompile.targets.cpu.conv import CONV
+from qcompile.targets.cpu.choose import generator_for
 from qcompile.targets.cpu.copy import Take
-from qcompile.targets.cpu.depthwise import DEPTHWISE, is_depthwise
-from qcompile.targets.cpu.depthwise_dot import DEPTHWISE_DOT
 from qcompile.targets.cpu.emitters_linear import FLOAT_LINEAR
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
@@ -63,11 +61,9 @@ def _convolution(low: Lowering, node: fx.Node) -> None:
         dilation,
         groups,
     )
-    by_taps = DEPTHWISE_DOT if low.target.isa.tap_dots else DEPTHWISE
-    generator = by_taps if is_depthwise(shape) else CONV
     requantize = Requantize(a[5], a[6], a[7], **numbers)
     filters = Filters(weight, low.tensor(a[2]), low.tensor(a[3]), a[4])
-    low.define_tuned(node, generator, shape, filters, requantize, [x, *residual])
+    low.define_tuned(node, generator_for(shape, low.target.isa), shape, filters, requantize, [x, *residual])
 
 
 def _linear(low: Lowering, node: fx.Node) -> None:
@@ -79,7 +75,7 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     other = residual[0].layout if residual else None
     shape = ConvShape(x.layout, low.layout(node), other, (1, 1), (1, 1), (0, 0), (1, 1), 1)
     requantize = Requantize(a[5], a[6], a[7], **numbers)
-    low.define_tuned(node, CONV, shape, filters, requantize, [x, *residual])
+    low.define_tuned(node, generator_for(shape, low.target.isa), shape, filters, requantize, [x, *residual])
 
 
 def _operand(low: Lowering, node: fx.Node, operand: fx.Node) -> Value:

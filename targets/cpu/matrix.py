@@ -1,0 +1,297 @@
+"""Convolution and GEMM on a matrix unit: registers that hold a tile of a matrix, and multiply as matrices.
+
+A block computes `tall` x `wide` register tiles, each of up to 16 neighbouring output pixels x one vector of output
+channels. The sum is the one of `conv`, with a step of up to 16 groups of four input channels:
+
+    acc[i, j] = bias[j];  for every tap (kh, kw) and step k:
+        acc[i, j] += x[pixels i, tap, channels of k] @ weight[channels of k, tap, j]
+
+The pixels of a register are a part of one image row, which is cut into parts of equal length: the last one starts
+early enough to end with the row, and does not store what the one before has stored. In the same way the last step
+starts early, with weights of zero for the channels that the one before has summed. So nothing outside is read.
+A block's parts may come from different rows. The sums go through memory to the epilogue, one pixel at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from qcompile.targets.base import InstructionSet, MatrixUnit
+from qcompile.targets.cpu import epilogue
+from qcompile.targets.cpu.conv import channel_order, in_fours
+from qcompile.targets.cpu.emit import Kernel, Window, function, load, on_each_thread, store
+from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.cpu.tasks import split
+from qcompile.targets.layout import align
+
+MOST_PIXELS = 15  # in a part: of less than 1 KiB TVM keeps the sums on the stack, and 16 would take that much
+FEWEST_PIXELS = 4  # in a part: the weights are loaded for each part anew
+L2_BYTES_A_CYCLE = 40  # as streams of weights reach it
+
+
+@dataclass(frozen=True)
+class MatrixConfig:
+    """What tuning may choose; every value gives the same bits.
+
+    Attributes:
+        tall: register tiles of pixels in a block.
+        vectors: register tiles of output channels in a block.
+        channels_outer: a thread keeps the weights of a block and walks over the image (else the other way round).
+    """
+
+    tall: int
+    vectors: int
+    channels_outer: bool
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a row of pixels, or a sum, is cut into parts of one size; the last one may overlap the one before.
+
+    Attributes:
+        total: pixels, or groups of four channels.
+        count: of parts.
+        size: of each.
+    """
+
+    total: int
+    count: int
+    size: int
+
+    @classmethod
+    def of(cls, total: int, most: int) -> Cut:
+        count = -(-total // most)
+        return cls(total, count, -(-total // count))
+
+    @property
+    def overlaps(self) -> bool:
+        return self.count * self.size > self.total
+
+    def start(self, part: Any) -> Any:
+        return T.min(part * self.size, self.total - self.size) if self.overlaps else part * self.size
+
+
+def suits(shape: ConvShape, isa: InstructionSet) -> bool:
+    """Whether the kernel can compute this convolution, and has work enough for whole tiles."""
+    width = shape.flat().y.extents[2] if _static(shape.flat()) else shape.y.extents[2]
+    whole = shape.joined * shape.x.channels % 4 == 0 or shape.joined == 1
+    return isa.matrix is not None and shape.groups == 1 and whole and isinstance(width, int) and width >= FEWEST_PIXELS
+
+
+def _static(shape: ConvShape) -> bool:
+    return isinstance(shape.y.extents[2], int)
+
+
+def _laid(shape: ConvShape) -> ConvShape:
+    """As one long row of pixels where that has a known length."""
+    flat = shape.flat()
+    return flat if _static(flat) else shape
+
+
+def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Cut, Cut]:
+    """Of a row of pixels, and of the sum over the channels of a tap."""
+    fours = align(shape.joined * shape.x.channels, 4) // 4
+    return Cut.of(shape.y.extents[2], min(MOST_PIXELS, unit.rows)), Cut.of(fours, unit.depth)
+
+
+def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[MatrixConfig]:
+    """Every block that fits the registers, the one of fewest cycles by a simple count first.
+
+    A step takes as long as its products, a cycle for a row of a tile, or its loads, two rows a cycle, or its weights
+    from the second-level cache. Storing takes as in `tiles`, and the way through memory as much again.
+    """
+    unit = _unit(isa)
+    shape = _laid(shape)
+    row, sum_of = _cuts(shape, unit)
+    total = align(shape.y.channels, isa.lanes) // isa.lanes
+    steps = int(np.prod(shape.kernel)) // shape.joined * sum_of.count
+    tile_bytes = 4 * isa.lanes * sum_of.size
+    outer = steps * total * tile_bytes > isa.l2_bytes // 2
+
+    def cycles(config: tuple[int, int]) -> float:
+        tall, wide = config
+        far = wide * tile_bytes / L2_BYTES_A_CYCLE if steps * wide * tile_bytes > isa.l1_bytes // 2 else 0.0
+        step = max(tall * wide * row.size, (tall * row.size + wide * sum_of.size) / 2, far)
+        return (steps * step + tall * row.size * (4 * wide + 3 * len(isa.narrows_for(wide)))) / (tall * wide)
+
+    able = [
+        (tall, wide)
+        for tall, wide in itertools.product(range(1, 4), range(1, 7))
+        if total % wide == 0 and tall * wide + tall + 1 <= unit.tiles
+    ]
+    ranked = sorted(able, key=cycles)
+    return [MatrixConfig(*block, order) for block in ranked for order in (outer, not outer)]
+
+
+def _unit(isa: InstructionSet) -> MatrixUnit:
+    assert isa.matrix is not None
+    return isa.matrix
+
+
+def pack(weight: np.ndarray, shape: ConvShape, order: np.ndarray, sum_of: Cut, lanes: int) -> np.ndarray:
+    """(out channels, in channels, KH, KW) int8 -> (block, tap row, tap column, step, four, vector, lanes * 4).
+
+    `order`: which channel of a block each lane of its vectors holds.
+    """
+    oc, block = len(weight), len(order)
+    taps = in_fours(weight, shape)
+    kh, kw = taps.shape[1:3]
+    full = np.zeros((align(oc, block), kh, kw, sum_of.total, 4), np.int8)
+    full[:oc] = taps.reshape(oc, kh, kw, sum_of.total, 4)
+    ordered = full.reshape(-1, block, kh, kw, sum_of.total, 4)[:, order]
+    steps = []
+    for k in range(sum_of.count):
+        start = min(k * sum_of.size, sum_of.total - sum_of.size)
+        step = ordered[..., start : start + sum_of.size, :].copy()
+        step[..., : k * sum_of.size - start, :] = 0
+        steps.append(step)
+    stepped = np.stack(steps, 4).reshape(-1, block // lanes, lanes, kh, kw, sum_of.count, sum_of.size, 4)
+    packed = stepped.transpose(0, 3, 4, 5, 6, 1, 2, 7)
+    return np.ascontiguousarray(packed.reshape(*packed.shape[:6], -1))
+
+
+def conv(
+    shape: ConvShape,
+    filters: Filters,
+    numbers: epilogue.Requantize,
+    isa: InstructionSet,
+    symbols: tuple[tirx.Var, ...] = (),
+    config: MatrixConfig | None = None,
+) -> Kernel:
+    """The kernel of one convolution."""
+    config = config or configs(shape, filters, isa)[0]
+    shape, unit = _laid(shape), _unit(isa)
+    row, sum_of = _cuts(shape, unit)
+    order = channel_order(config, isa)
+    packed = pack(filters.weight, shape, order, sum_of, isa.lanes)
+
+    def in_lanes(per_channel: np.ndarray) -> np.ndarray:
+        padded = np.pad(per_channel, (0, len(packed) * len(order) - len(per_channel)))
+        return padded.reshape(-1, len(order))[:, order].reshape(-1)
+
+    constants = {
+        "weights": packed.reshape(-1),
+        "integers": numbers.integers(isa, in_lanes(filters.folded_bias(isa))),
+        "floats": numbers.floats(in_lanes(filters.m)),
+    }
+    steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
+    func = _build(shape, config, isa, (row, sum_of), packed.shape, constants, symbols, steps)
+    name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
+    label = f"{name}_{unit.name}_{config.tall * row.size}x{config.vectors * isa.lanes}"
+    return Kernel(label, func, tuple(constants.values()))
+
+
+def _build(
+    shape: ConvShape,
+    config: MatrixConfig,
+    isa: InstructionSet,
+    cuts: tuple[Cut, Cut],
+    packed: tuple[int, ...],
+    constants: dict[str, np.ndarray],
+    symbols: tuple[tirx.Var, ...],
+    steps: epilogue.Steps,
+) -> tirx.PrimFunc:
+    row, sum_of = cuts
+    unit, lanes, vectors = _unit(isa), isa.lanes, config.vectors
+    blocks, kh, kw = packed[:3]
+    vector = 4 * lanes  # bytes
+    step_size = sum_of.size * vectors * vector
+    block = vectors * lanes
+    batch, height, _ = shape.y.extents
+    parts = height * row.count  # of an image
+    registers = unit.registers(config.tall, vectors, row.size, sum_of.size)
+    with function("conv") as (args, done):
+        x = args.buffer("x", shape.x.size, isa.storage)
+        residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
+        weights, integers, floats = args.constants(**constants)
+        args.symbols(symbols)
+        y = args.buffer("y", shape.y.size, isa.storage)
+
+        def products(n: Any, where: list[tuple[Any, Any]], b: Any) -> None:
+            """The sums of the parts that begin at `where` (row, column), for block `b` of output channels."""
+            for j in range(vectors):
+                bias = T.address_of(integers[epilogue.HEAD + b * block + j * lanes])
+                for i in range(len(where)):
+                    registers.load_sum(i, j, bias, 0)  # every row the same
+            with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, sum_of.count) as k:
+                for i, (h, w) in enumerate(where):
+                    pixel = shape.x.offset(
+                        n,
+                        h * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
+                        w * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                        sum_of.start(k) * 4,
+                    )
+                    registers.load_pixels(i, T.address_of(x[pixel]), shape.stride[1] * shape.x.pitch)
+                panel = (((b * kh + i_h) * kw + i_w) * sum_of.count + k) * step_size
+                for j in range(vectors):
+                    registers.load_weights(j, T.address_of(weights[panel + j * vector]), vectors * vector)
+                    for i in range(len(where)):
+                        registers.multiply(i, j)
+
+        def held() -> Window:
+            """Memory for the sums of one register. TVM aligns it to 16 bytes; rows that cross lines would be slow."""
+            words = T.alloc_buffer((row.size * lanes + lanes - 4,), "int32", scope="global")
+            return Window(words, T.bind(registers.skip(T.address_of(words[0]))))
+
+        def finish(sums: list[Window], pixel: Any, n: Any, h: Any, w: Any, b: Any) -> None:
+            """Store (n, h, w), which is pixel `pixel` of the vectors `sums`."""
+            j = 0
+            for narrow in isa.narrows_for(vectors):
+                taken = range(j, j := j + (narrow.count if narrow else 1))
+                channel, size = b * block + taken[0] * lanes, len(taken) * lanes
+                ms = [epilogue.channel_load(floats, b * block + v * lanes, lanes) for v in taken]
+                accs = [load(sums[v], pixel * lanes, lanes) for v in taken]
+                other = None
+                if residual is not None and shape.residual is not None:
+                    other = load(residual, shape.residual.offset(n, h, w, channel), size)
+                if narrow is None:
+                    value = epilogue.requantize(accs[0], ms[0], integers, floats, isa, lanes, other)
+                else:
+                    value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, steps, other)
+                store(y, shape.y.offset(n, h, w, channel), value, size)
+
+        def tile(n: Any, part: Any, b: Any, count: int) -> None:
+            """`count` parts of image `n` from number `part` on."""
+            numbered = [(T.floordiv(part + i, row.count), T.floormod(part + i, row.count)) for i in range(count)]
+            where = [(h, row.start(p)) for h, p in numbered]
+            products(n, where, b)
+            for i, ((h, p), (_, w)) in enumerate(zip(numbered, where, strict=True)):
+                sums = [held() for _ in range(vectors)]
+                for j, sum_of_part in enumerate(sums):
+                    registers.store_sum(i, j, T.address_of(sum_of_part[0]), vector)
+                with T.serial(0, row.size) as pixel:
+                    first = p * row.size - w if row.overlaps else 0
+                    with T.If(pixel >= first), T.Then():
+                        finish(sums, pixel, n, h, w + pixel, b)
+
+        full, rest = divmod(parts, config.tall)
+
+        def task(t: Any, b: Any) -> None:
+            n, t = T.floordiv(t, full + bool(rest)), T.floormod(t, full + bool(rest))
+            if not rest:
+                tile(n, t * config.tall, b, config.tall)
+            else:
+                with T.If(t < full):
+                    with T.Then():
+                        tile(n, t * config.tall, b, config.tall)
+                    with T.Else():
+                        tile(n, full * config.tall, b, rest)
+
+        lines = batch * (full + bool(rest))
+        with on_each_thread(lines * blocks):
+            with T.attr(0, "pragma_import_llvm", registers.code):
+                registers.begin()
+            split(lines, blocks, config.channels_outer, task)
+            registers.end()
+        epilogue.fill_halo(y, shape.y, integers, isa)
+    return done.result
+
+
+MATRIX = Generator("matrix", configs, conv)
