@@ -136,7 +136,7 @@ def _unit(isa: InstructionSet) -> MatrixUnit:
 
 
 def pack(weight: np.ndarray, shape: ConvShape, order: np.ndarray, sum_of: Cut, lanes: int) -> np.ndarray:
-    """(out channels, in channels, KH, KW) int8 -> (block, tap row, tap column, step, four, vector, lanes * 4).
+    """(out channels, in channels, KH, KW) int8 -> (block, tap row, tap column, step, vector, four, lanes * 4).
 
     `order`: which channel of a block each lane of its vectors holds.
     """
@@ -153,7 +153,7 @@ def pack(weight: np.ndarray, shape: ConvShape, order: np.ndarray, sum_of: Cut, l
         step[..., : k * sum_of.size - start, :] = 0
         steps.append(step)
     stepped = np.stack(steps, 4).reshape(-1, block // lanes, lanes, kh, kw, sum_of.count, sum_of.size, 4)
-    packed = stepped.transpose(0, 3, 4, 5, 6, 1, 2, 7)
+    packed = stepped.transpose(0, 3, 4, 5, 1, 6, 2, 7)
     return np.ascontiguousarray(packed.reshape(*packed.shape[:6], -1))
 
 
@@ -231,7 +231,7 @@ def _build(
                     registers.load_pixels(i, T.address_of(x[pixel]), shape.stride[1] * shape.x.pitch)
                 panel = (((b * kh + i_h) * kw + i_w) * sum_of.count + k) * step_size
                 for j in range(vectors):
-                    registers.load_weights(j, T.address_of(weights[panel + j * vector]), vectors * vector)
+                    registers.load_weights(j, T.address_of(weights[panel + j * sum_of.size * vector]), vector)
                     for i in range(len(where)):
                         registers.multiply(i, j)
 
