@@ -28,20 +28,32 @@ define internal i32 @qcompile_amx_end() alwaysinline {
 }
 """
 
-_SKIP = """
-define internal i32 @qcompile_amx_skip(ptr %memory) alwaysinline {
+_ROW = """
+define internal ptr @qcompile_amx_aligned(ptr %memory) alwaysinline {
   %address = ptrtoint ptr %memory to i64
   %below = sub i64 0, %address
-  %bytes = and i64 %below, 63
-  %words = lshr i64 %bytes, 2
-  %skip = trunc i64 %words to i32
-  ret i32 %skip
+  %skip = and i64 %below, 63
+  %aligned = getelementptr i8, ptr %memory, i64 %skip
+  ret ptr %aligned
+}
+define internal <16 x i32> @qcompile_amx_row(ptr %memory, i64 %row) alwaysinline {
+  %place = getelementptr <16 x i32>, ptr %memory, i64 %row
+  %sums = load <16 x i32>, ptr %place, align 64
+  ret <16 x i32> %sums
 }
 """
 
-_MOVE = """
-define internal i32 @qcompile_amx_{name}_{tile}(ptr %memory, i64 %stride) alwaysinline {{
-  call void @llvm.x86.{instruction}(i8 {tile}, ptr %memory, i64 %stride)
+_LOAD = """
+define internal i32 @qcompile_amx_load_{tile}(ptr %memory, i64 %stride) alwaysinline {{
+  call void @llvm.x86.tileloadd64(i8 {tile}, ptr %memory, i64 %stride)
+  ret i32 0
+}}
+"""
+
+_STORE = """
+define internal i32 @qcompile_amx_store_{tile}(ptr %memory, i64 %row) alwaysinline {{
+  %place = getelementptr <16 x i32>, ptr %memory, i64 %row
+  call void @llvm.x86.tilestored64(i8 {tile}, ptr %place, i64 64)
   ret i32 0
 }}
 """
@@ -105,13 +117,12 @@ class AmxRegisters:
         for tile, (rows, width) in shapes.items():
             words[16 + 2 * tile], words[48 + tile] = width, rows
         text = "".join(f"\\{byte:02X}" for byte in words)
-        moves = {"load": "tileloadd64", "store": "tilestored64"}
         return "".join(
             [
                 _MOVES,
-                _SKIP,
+                _ROW,
                 _BEGIN.format(name=f"qcompile_amx_{self._begin}", shapes=text),
-                *(_MOVE.format(name=n, tile=t, instruction=i) for n, i in moves.items() for t in range(TILES)),
+                *(move.format(tile=tile) for move in (_LOAD, _STORE) for tile in range(TILES)),
                 *(
                     _DOT.format(acc=self._sum(i, j), x=self._pixels(i), w=self._weights(j))
                     for i in range(self.tall)
@@ -123,10 +134,6 @@ class AmxRegisters:
     def begin(self) -> None:
         """Shape the registers; whatever they held is lost."""
         _call(self._begin)
-
-    def skip(self, memory: Any) -> Any:
-        """How many int32 from `memory` on, which is aligned to 4 bytes, to the next 64 bytes."""
-        return T.call_extern("int32", "qcompile_amx_skip", memory)
 
     def end(self) -> None:
         """Give them back: the system need not save them any more."""
@@ -148,6 +155,17 @@ class AmxRegisters:
         """Add the products of pixels i and weights j to sum (i, j)."""
         _call(f"dot_{self._sum(i, j)}_{self._pixels(i)}_{self._weights(j)}")
 
-    def store_sum(self, i: int, j: int, memory: Any, stride: Any) -> None:
-        """To int32 at `memory`, rows `stride` bytes apart."""
-        _call(f"store_{self._sum(i, j)}", memory, T.int64(stride))
+    def memory(self, count: int) -> Any:
+        """On the stack, for the sums of `count` registers, a line of memory for each row. (Of what TVM allocates by
+        itself, only less than 1 KiB is on the stack.)"""
+        words = count * self.rows * _WIDTH // 8 + 7
+        place = T.tvm_stack_alloca("shape", words)
+        return T.bind(T.call_extern("handle", "qcompile_amx_aligned", place))
+
+    def store_sum(self, i: int, j: int, memory: Any, slot: int) -> None:
+        """To register number `slot` of `memory`."""
+        _call(f"store_{self._sum(i, j)}", memory, T.int64(slot * self.rows))
+
+    def sums(self, memory: Any, slot: int, row: Any) -> Any:
+        """A row of register number `slot` of `memory`: int32x16."""
+        return T.call_extern("int32x16", "qcompile_amx_row", memory, T.cast(slot * self.rows + row, "int64"))

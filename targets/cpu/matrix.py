@@ -25,13 +25,12 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet, MatrixUnit
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order, in_fours
-from qcompile.targets.cpu.emit import Kernel, Window, function, load, on_each_thread, store
+from qcompile.targets.cpu.emit import Kernel, function, load, on_each_thread, store
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.cpu.tasks import split
 from qcompile.targets.layout import align
 
-MOST_PIXELS = 15  # in a part: of less than 1 KiB TVM keeps the sums on the stack, and 16 would take that much
 FEWEST_PIXELS = 4  # in a part: the weights are loaded for each part anew
 L2_BYTES_A_CYCLE = 40  # as streams of weights reach it
 
@@ -98,7 +97,7 @@ def _laid(shape: ConvShape) -> ConvShape:
 def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Cut, Cut]:
     """Of a row of pixels, and of the sum over the channels of a tap."""
     fours = align(shape.joined * shape.x.channels, 4) // 4
-    return Cut.of(shape.y.extents[2], min(MOST_PIXELS, unit.rows)), Cut.of(fours, unit.depth)
+    return Cut.of(shape.y.extents[2], unit.rows), Cut.of(fours, unit.depth)
 
 
 def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[MatrixConfig]:
@@ -235,19 +234,14 @@ def _build(
                     for i in range(len(where)):
                         registers.multiply(i, j)
 
-        def held() -> Window:
-            """Memory for the sums of one register. TVM aligns it to 16 bytes; rows that cross lines would be slow."""
-            words = T.alloc_buffer((row.size * lanes + lanes - 4,), "int32", scope="global")
-            return Window(words, T.bind(registers.skip(T.address_of(words[0]))))
-
-        def finish(sums: list[Window], pixel: Any, n: Any, h: Any, w: Any, b: Any) -> None:
-            """Store (n, h, w), which is pixel `pixel` of the vectors `sums`."""
+        def finish(memory: Any, slot: int, pixel: Any, n: Any, h: Any, w: Any, b: Any) -> None:
+            """Store (n, h, w), which is pixel `pixel` of the registers from `slot` on."""
             j = 0
             for narrow in isa.narrows_for(vectors):
                 taken = range(j, j := j + (narrow.count if narrow else 1))
                 channel, size = b * block + taken[0] * lanes, len(taken) * lanes
                 ms = [epilogue.channel_load(floats, b * block + v * lanes, lanes) for v in taken]
-                accs = [load(sums[v], pixel * lanes, lanes) for v in taken]
+                accs = [registers.sums(memory, slot + v, pixel) for v in taken]
                 other = None
                 if residual is not None and shape.residual is not None:
                     other = load(residual, shape.residual.offset(n, h, w, channel), size)
@@ -262,14 +256,14 @@ def _build(
             numbered = [(T.floordiv(part + i, row.count), T.floormod(part + i, row.count)) for i in range(count)]
             where = [(h, row.start(p)) for h, p in numbered]
             products(n, where, b)
+            memory = registers.memory(vectors)
             for i, ((h, p), (_, w)) in enumerate(zip(numbered, where, strict=True)):
-                sums = [held() for _ in range(vectors)]
-                for j, sum_of_part in enumerate(sums):
-                    registers.store_sum(i, j, T.address_of(sum_of_part[0]), vector)
+                for j in range(vectors):
+                    registers.store_sum(i, j, memory, j)
                 with T.serial(0, row.size) as pixel:
                     first = p * row.size - w if row.overlaps else 0
                     with T.If(pixel >= first), T.Then():
-                        finish(sums, pixel, n, h, w + pixel, b)
+                        finish(memory, 0, pixel, n, h, w + pixel, b)
 
         full, rest = divmod(parts, config.tall)
 
