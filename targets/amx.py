@@ -162,10 +162,10 @@ class AmxRegisters:
         place = T.tvm_stack_alloca("shape", words)
         return T.bind(T.call_extern("handle", "qcompile_amx_aligned", place))
 
-    def store_sum(self, i: int, j: int, memory: Any, slot: int) -> None:
+    def store_sum(self, i: int, j: int, memory: Any, slot: Any) -> None:
         """To register number `slot` of `memory`."""
-        _call(f"store_{self._sum(i, j)}", memory, T.int64(slot * self.rows))
+        _call(f"store_{self._sum(i, j)}", memory, T.cast(slot * self.rows, "int64"))
 
-    def sums(self, memory: Any, slot: int, row: Any) -> Any:
+    def sums(self, memory: Any, slot: Any, row: Any) -> Any:
         """A row of register number `slot` of `memory`: int32x16."""
         return T.call_extern("int32x16", "qcompile_amx_row", memory, T.cast(slot * self.rows + row, "int64"))

@@ -174,6 +174,16 @@ def on_each_thread(extent: Dim) -> Any:
     return nullcontext() if alone else T.attr(0, "pragma_parallel_launch_point", 1)
 
 
+@contextmanager
+def only_if(*conditions: Any) -> Iterator[None]:
+    """Within, statements that run where all `conditions` hold; without one, always."""
+    if not conditions:
+        yield
+        return
+    with T.If(tirx.all(*conditions)), T.Then():
+        yield
+
+
 def fill(buffer: Any, offset: Any, count: Dim, value: Any) -> None:
     """Store the scalar `value` into `count` consecutive elements."""
     if not isinstance(count, int):

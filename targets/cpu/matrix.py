@@ -25,13 +25,14 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet, MatrixUnit
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order, in_fours
-from qcompile.targets.cpu.emit import Kernel, function, load, on_each_thread, store
+from qcompile.targets.cpu.emit import Kernel, function, load, on_each_thread, only_if, store
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.cpu.tasks import split
 from qcompile.targets.layout import align
 
-FEWEST_PIXELS = 4  # in a part: the weights are loaded for each part anew
+FEWEST_PIXELS = 4  # of a run: the weights are loaded for each part anew
+LATENCY = 52  # cycles until a sum can be added to again
 L2_BYTES_A_CYCLE = 40  # as streams of weights reach it
 
 
@@ -52,7 +53,7 @@ class MatrixConfig:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a row of pixels, or a sum, is cut into parts of one size; the last one may overlap the one before.
+    """How a run of pixels, or a sum, is cut into parts of one size; the last one may overlap the one before.
 
     Attributes:
         total: pixels, or groups of four channels.
@@ -77,38 +78,68 @@ class Cut:
         return T.min(part * self.size, self.total - self.size) if self.overlaps else part * self.size
 
 
-def suits(shape: ConvShape, isa: InstructionSet) -> bool:
-    """Whether the kernel can compute this convolution, and has work enough for whole tiles."""
-    width = shape.flat().y.extents[2] if _static(shape.flat()) else shape.y.extents[2]
-    whole = shape.joined * shape.x.channels % 4 == 0 or shape.joined == 1
-    return isa.matrix is not None and shape.groups == 1 and whole and isinstance(width, int) and width >= FEWEST_PIXELS
+@dataclass(frozen=True)
+class Runs:
+    """Pixels of an image whose inputs lie in memory at equal distances.
 
+    Attributes:
+        count: of runs in an image: its rows, or one that goes through all of them.
+        cut: of a run.
+        pitch: pixels from one row to the next within a run; those beyond the width are computed and not stored.
+    """
 
-def _static(shape: ConvShape) -> bool:
-    return isinstance(shape.y.extents[2], int)
+    count: int
+    cut: Cut
+    pitch: int | None = None
+
+    @classmethod
+    def of(cls, shape: ConvShape, most: int) -> Runs:
+        """Those that take the fewest cycles."""
+        _, height, width = shape.y.extents
+        ways = [cls(height, Cut.of(width, most))]
+        if shape.stride == (1, 1) and height > 1:
+            pitch = shape.x.padded[1]
+            ways.append(cls(1, Cut.of((height - 1) * pitch + width, most), pitch))
+        return min(ways, key=lambda runs: runs.parts * max(runs.cut.size, LATENCY // 4))
+
+    @property
+    def parts(self) -> int:
+        """Of an image."""
+        return self.count * self.cut.count
 
 
 def _laid(shape: ConvShape) -> ConvShape:
     """As one long row of pixels where that has a known length."""
     flat = shape.flat()
-    return flat if _static(flat) else shape
+    return flat if isinstance(flat.y.extents[2], int) else shape
 
 
-def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Cut, Cut]:
-    """Of a row of pixels, and of the sum over the channels of a tap."""
+def suits(shape: ConvShape, isa: InstructionSet) -> bool:
+    """Whether the kernel can compute this convolution, and has work enough for whole tiles."""
+    if isa.matrix is None or shape.groups > 1 or (shape.joined > 1 and shape.joined * shape.x.channels % 4):
+        return False
+    laid = _laid(shape)
+    static = all(isinstance(extent, int) for extent in laid.y.extents[1:])
+    return static and Runs.of(laid, isa.matrix.rows).cut.size >= FEWEST_PIXELS
+
+
+def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Runs, Cut]:
+    """Of the pixels, and of the sum over the channels of a tap."""
     fours = align(shape.joined * shape.x.channels, 4) // 4
-    return Cut.of(shape.y.extents[2], unit.rows), Cut.of(fours, unit.depth)
+    return Runs.of(shape, unit.rows), Cut.of(fours, unit.depth)
 
 
 def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[MatrixConfig]:
     """Every block that fits the registers, the one of fewest cycles by a simple count first.
 
-    A step takes as long as its products, a cycle for a row of a tile, or its loads, two rows a cycle, or its weights
-    from the second-level cache. Storing takes as in `tiles`, and the way through memory as much again.
+    A step takes as long as its products, a cycle for a row of a tile, or the latency of the sums, or its loads, two
+    rows a cycle, or its weights from the second-level cache. Storing takes as in `tiles`, and the way through memory
+    as much again.
     """
     unit = _unit(isa)
     shape = _laid(shape)
-    row, sum_of = _cuts(shape, unit)
+    runs, sum_of = _cuts(shape, unit)
+    rows = runs.cut.size
     total = align(shape.y.channels, isa.lanes) // isa.lanes
     steps = int(np.prod(shape.kernel)) // shape.joined * sum_of.count
     tile_bytes = 4 * isa.lanes * sum_of.size
@@ -117,12 +148,12 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
     def cycles(config: tuple[int, int]) -> float:
         tall, wide = config
         far = wide * tile_bytes / L2_BYTES_A_CYCLE if steps * wide * tile_bytes > isa.l1_bytes // 2 else 0.0
-        step = max(tall * wide * row.size, (tall * row.size + wide * sum_of.size) / 2, far)
-        return (steps * step + tall * row.size * (4 * wide + 3 * len(isa.narrows_for(wide)))) / (tall * wide)
+        step = max(tall * wide * rows, LATENCY, (tall * rows + wide * sum_of.size) / 2, far)
+        return (steps * step + tall * rows * (4 * wide + 3 * len(isa.narrows_for(wide)))) / (tall * wide)
 
     able = [
         (tall, wide)
-        for tall, wide in itertools.product(range(1, 4), range(1, 7))
+        for tall, wide in itertools.product(range(1, min(3, runs.parts) + 1), range(1, 7))
         if total % wide == 0 and tall * wide + tall + 1 <= unit.tiles
     ]
     ranked = sorted(able, key=cycles)
@@ -167,7 +198,7 @@ def conv(
     """The kernel of one convolution."""
     config = config or configs(shape, filters, isa)[0]
     shape, unit = _laid(shape), _unit(isa)
-    row, sum_of = _cuts(shape, unit)
+    runs, sum_of = _cuts(shape, unit)
     order = channel_order(config, isa)
     packed = pack(filters.weight, shape, order, sum_of, isa.lanes)
 
@@ -181,9 +212,9 @@ def conv(
         "floats": numbers.floats(in_lanes(filters.m)),
     }
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
-    func = _build(shape, config, isa, (row, sum_of), packed.shape, constants, symbols, steps)
+    func = _build(shape, config, isa, (runs, sum_of), packed.shape, constants, symbols, steps)
     name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
-    label = f"{name}_{unit.name}_{config.tall * row.size}x{config.vectors * isa.lanes}"
+    label = f"{name}_{unit.name}_{config.tall * runs.cut.size}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
 
 
@@ -191,21 +222,21 @@ def _build(
     shape: ConvShape,
     config: MatrixConfig,
     isa: InstructionSet,
-    cuts: tuple[Cut, Cut],
+    cuts: tuple[Runs, Cut],
     packed: tuple[int, ...],
     constants: dict[str, np.ndarray],
     symbols: tuple[tirx.Var, ...],
     steps: epilogue.Steps,
 ) -> tirx.PrimFunc:
-    row, sum_of = cuts
-    unit, lanes, vectors = _unit(isa), isa.lanes, config.vectors
+    runs, sum_of = cuts
+    rows = runs.cut.size
+    unit, lanes, tall, vectors = _unit(isa), isa.lanes, config.tall, config.vectors
     blocks, kh, kw = packed[:3]
     vector = 4 * lanes  # bytes
-    step_size = sum_of.size * vectors * vector
     block = vectors * lanes
-    batch, height, _ = shape.y.extents
-    parts = height * row.count  # of an image
-    registers = unit.registers(config.tall, vectors, row.size, sum_of.size)
+    batch, _, width = shape.y.extents
+    tiles = -(-runs.parts // tall)  # of an image
+    registers = unit.registers(tall, vectors, rows, sum_of.size)
     with function("conv") as (args, done):
         x = args.buffer("x", shape.x.size, isa.storage)
         residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
@@ -213,35 +244,41 @@ def _build(
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, isa.storage)
 
-        def products(n: Any, where: list[tuple[Any, Any]], b: Any) -> None:
-            """The sums of the parts that begin at `where` (row, column), for block `b` of output channels."""
+        def parts(t: Any) -> list[tuple[Any, Any, Any]]:
+            """Of tile `t`: the number of each, its run, and its first pixel there. The last tile starts early too."""
+            first = T.min(t * tall, runs.parts - tall) if runs.parts % tall else t * tall
+            numbers = [first + i for i in range(tall)]
+            return [(p, T.floordiv(p, runs.cut.count), runs.cut.start(T.floormod(p, runs.cut.count))) for p in numbers]
+
+        def products(n: Any, t: Any, b: Any) -> None:
+            """The sums of tile `t` of image `n` and block `b` of output channels."""
             for j in range(vectors):
                 bias = T.address_of(integers[epilogue.HEAD + b * block + j * lanes])
-                for i in range(len(where)):
+                for i in range(tall):
                     registers.load_sum(i, j, bias, 0)  # every row the same
             with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, sum_of.count) as k:
-                for i, (h, w) in enumerate(where):
+                for i, (_, run, first) in enumerate(parts(t)):
                     pixel = shape.x.offset(
                         n,
-                        h * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
-                        w * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                        run * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
+                        first * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
                         sum_of.start(k) * 4,
                     )
                     registers.load_pixels(i, T.address_of(x[pixel]), shape.stride[1] * shape.x.pitch)
-                panel = (((b * kh + i_h) * kw + i_w) * sum_of.count + k) * step_size
+                panel = (((b * kh + i_h) * kw + i_w) * sum_of.count + k) * vectors
                 for j in range(vectors):
-                    registers.load_weights(j, T.address_of(weights[panel + j * sum_of.size * vector]), vector)
-                    for i in range(len(where)):
+                    registers.load_weights(j, T.address_of(weights[(panel + j) * sum_of.size * vector]), vector)
+                    for i in range(tall):
                         registers.multiply(i, j)
 
-        def finish(memory: Any, slot: int, pixel: Any, n: Any, h: Any, w: Any, b: Any) -> None:
-            """Store (n, h, w), which is pixel `pixel` of the registers from `slot` on."""
+        def store_pixel(memory: Any, i: int, row: Any, n: Any, h: Any, w: Any, b: Any) -> None:
+            """Store (n, h, w), whose sums are row `row` of part `i`."""
             j = 0
             for narrow in isa.narrows_for(vectors):
                 taken = range(j, j := j + (narrow.count if narrow else 1))
                 channel, size = b * block + taken[0] * lanes, len(taken) * lanes
                 ms = [epilogue.channel_load(floats, b * block + v * lanes, lanes) for v in taken]
-                accs = [registers.sums(memory, slot + v, pixel) for v in taken]
+                accs = [registers.sums(memory, i * vectors + v, row) for v in taken]
                 other = None
                 if residual is not None and shape.residual is not None:
                     other = load(residual, shape.residual.offset(n, h, w, channel), size)
@@ -251,38 +288,33 @@ def _build(
                     value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, steps, other)
                 store(y, shape.y.offset(n, h, w, channel), value, size)
 
-        def tile(n: Any, part: Any, b: Any, count: int) -> None:
-            """`count` parts of image `n` from number `part` on."""
-            numbered = [(T.floordiv(part + i, row.count), T.floormod(part + i, row.count)) for i in range(count)]
-            where = [(h, row.start(p)) for h, p in numbered]
-            products(n, where, b)
-            memory = registers.memory(vectors)
-            for i, ((h, p), (_, w)) in enumerate(zip(numbered, where, strict=True)):
-                for j in range(vectors):
-                    registers.store_sum(i, j, memory, j)
-                with T.serial(0, row.size) as pixel:
-                    first = p * row.size - w if row.overlaps else 0
-                    with T.If(pixel >= first), T.Then():
-                        finish(memory, 0, pixel, n, h, w + pixel, b)
+        def finish(memory: Any, n: Any, t: Any, b: Any) -> None:
+            """Store tile `t`, but for what another has stored and for what lies beyond the width."""
+            for i, (part, run, first) in enumerate(parts(t)):
+                with T.serial(0, rows) as row:
+                    pixel = first + row
+                    own = [part >= t * tall] if runs.parts % tall else []
+                    if runs.cut.overlaps:
+                        own.append(pixel >= T.floormod(part, runs.cut.count) * rows)
+                    h, w = run, pixel
+                    if runs.pitch is not None:
+                        h, w = T.floordiv(pixel, runs.pitch), T.floormod(pixel, runs.pitch)
+                        own += [w < width] if runs.pitch > width else []
+                    with only_if(*own):
+                        store_pixel(memory, i, row, n, h, w, b)
 
-        full, rest = divmod(parts, config.tall)
+        def task(at: Any, b: Any) -> None:
+            n, t = T.floordiv(at, tiles), T.floormod(at, tiles)
+            products(n, t, b)
+            memory = registers.memory(tall * vectors)
+            for i, j in np.ndindex(tall, vectors):
+                registers.store_sum(i, j, memory, i * vectors + j)
+            finish(memory, n, t, b)
 
-        def task(t: Any, b: Any) -> None:
-            n, t = T.floordiv(t, full + bool(rest)), T.floormod(t, full + bool(rest))
-            if not rest:
-                tile(n, t * config.tall, b, config.tall)
-            else:
-                with T.If(t < full):
-                    with T.Then():
-                        tile(n, t * config.tall, b, config.tall)
-                    with T.Else():
-                        tile(n, full * config.tall, b, rest)
-
-        lines = batch * (full + bool(rest))
-        with on_each_thread(lines * blocks):
+        with on_each_thread(batch * tiles * blocks):
             with T.attr(0, "pragma_import_llvm", registers.code):
                 registers.begin()
-            split(lines, blocks, config.channels_outer, task)
+            split(batch * tiles, blocks, config.channels_outer, task)
             registers.end()
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
