@@ -313,7 +313,7 @@ def lower(
     for node in nodes:
         if is_tensor(node):
             low.shapes[node] = tuple(low.dim(s, node) for s in node.meta["val"].shape)
-    low.planned = plan(program.graph, low.shapes)
+    low.planned = plan(program.graph, low.shapes, whole_words=target.isa.matrix is not None)
     low.planned_real = plan_real(program.graph, low.shapes, target.isa.lanes)
     inputs = [
         relax.Var(n.name, relax.TensorType(low.shape(n), str(n.meta["val"].dtype).removeprefix("torch.")))

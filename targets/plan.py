@@ -3,7 +3,7 @@
 Convolutions and pools work channels-last, linear layers on rows; elementwise operators follow the
 values they touch. A convolution's padding becomes a halo that the producer of its input writes. A
 network input of up to four channels that only feeds convolutions is stored with four bytes a pixel, or
-with as many as it has channels where that saves multiplications.
+with as many as it has channels where that saves multiplications and the kernels take it.
 The choice is about speed only: a consumer that finds another layout has the value copied.
 """
 
@@ -131,8 +131,11 @@ def _channels_last(nodes: list[fx.Node]) -> set[fx.Node]:
     return {n for n in nodes if 3 <= rank(n) <= 4 and n.target is not q.linear.default and groups.find(n) in votes}
 
 
-def plan(graph: fx.Graph, shapes: dict[fx.Node, tuple[Dim, ...]]) -> dict[fx.Node, Planned]:
-    """The planned layout of every int8 activation; `shapes` are logical shapes with TVM dimensions."""
+def plan(graph: fx.Graph, shapes: dict[fx.Node, tuple[Dim, ...]], whole_words: bool) -> dict[fx.Node, Planned]:
+    """The planned layout of every int8 activation; `shapes` are logical shapes with TVM dimensions.
+
+    `whole_words`: every pixel takes a multiple of four bytes.
+    """
     nodes = [n for n in graph.nodes if is_int8(n) and n.op != "get_attr"]
     last = _channels_last(nodes)
     planned = {}
@@ -154,7 +157,7 @@ def plan(graph: fx.Graph, shapes: dict[fx.Node, tuple[Dim, ...]]) -> dict[fx.Nod
         few = int(shape[1]) <= 4 and len(shape) == 4 and only_convs
         pitch = align(int(shape[1]), PITCH)
         if few and node.target is q.quantize.default:
-            pitch = int(shape[1]) if all(map(_saves_groups, convs)) else 4
+            pitch = int(shape[1]) if all(map(_saves_groups, convs)) and not whole_words else 4
         layout = Layout(shape, True, pitch, halo)  # type: ignore[arg-type]
         planned[node] = Planned(layout, fills.pop() if agree else 0)
     return planned

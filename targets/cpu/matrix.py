@@ -24,7 +24,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, MatrixUnit
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.conv import channel_order, in_fours
+from qcompile.targets.cpu.conv import channel_order
 from qcompile.targets.cpu.emit import Kernel, function, load, on_each_thread, only_if, store
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
@@ -114,9 +114,15 @@ def _laid(shape: ConvShape) -> ConvShape:
     return flat if isinstance(flat.y.extents[2], int) else shape
 
 
+def _joined(shape: ConvShape) -> int:
+    """How many taps of a row of the kernel are summed as one: all, where their pixels lie side by side. The bytes
+    between their channels are multiplied by zero."""
+    return shape.kernel[1] if shape.dilation[1] == 1 else 1
+
+
 def suits(shape: ConvShape, isa: InstructionSet) -> bool:
     """Whether the kernel can compute this convolution, and has work enough for whole tiles."""
-    if isa.matrix is None or shape.groups > 1 or (shape.joined > 1 and shape.joined * shape.x.channels % 4):
+    if isa.matrix is None or shape.groups > 1 or shape.x.pitch % 4:
         return False
     laid = _laid(shape)
     static = all(isinstance(extent, int) for extent in laid.y.extents[1:])
@@ -125,8 +131,8 @@ def suits(shape: ConvShape, isa: InstructionSet) -> bool:
 
 def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Runs, Cut]:
     """Of the pixels, and of the sum over the channels of a tap."""
-    fours = align(shape.joined * shape.x.channels, 4) // 4
-    return Runs.of(shape, unit.rows), Cut.of(fours, unit.depth)
+    bytes_of_tap = (_joined(shape) - 1) * shape.x.pitch + align(shape.x.channels, 4)
+    return Runs.of(shape, unit.rows), Cut.of(bytes_of_tap // 4, unit.depth)
 
 
 def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[MatrixConfig]:
@@ -141,7 +147,7 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
     runs, sum_of = _cuts(shape, unit)
     rows = runs.cut.size
     total = align(shape.y.channels, isa.lanes) // isa.lanes
-    steps = int(np.prod(shape.kernel)) // shape.joined * sum_of.count
+    steps = int(np.prod(shape.kernel)) // _joined(shape) * sum_of.count
     tile_bytes = 4 * isa.lanes * sum_of.size
     outer = steps * total * tile_bytes > isa.l2_bytes // 2
 
@@ -170,12 +176,13 @@ def pack(weight: np.ndarray, shape: ConvShape, order: np.ndarray, sum_of: Cut, l
 
     `order`: which channel of a block each lane of its vectors holds.
     """
-    oc, block = len(weight), len(order)
-    taps = in_fours(weight, shape)
-    kh, kw = taps.shape[1:3]
-    full = np.zeros((align(oc, block), kh, kw, sum_of.total, 4), np.int8)
-    full[:oc] = taps.reshape(oc, kh, kw, sum_of.total, 4)
-    ordered = full.reshape(-1, block, kh, kw, sum_of.total, 4)[:, order]
+    oc, per_in, kh, kw = weight.shape
+    block, joined = len(order), _joined(shape)
+    taps = np.zeros((align(oc, block), kh, kw, shape.x.pitch), np.int8)
+    taps[:oc, ..., :per_in] = weight.transpose(0, 2, 3, 1)
+    taps = taps.reshape(-1, kh, kw // joined, joined * shape.x.pitch)[..., : 4 * sum_of.total]
+    kw //= joined
+    ordered = taps.reshape(-1, block, kh, kw, sum_of.total, 4)[:, order]
     steps = []
     for k in range(sum_of.count):
         start = min(k * sum_of.size, sum_of.total - sum_of.size)
