@@ -28,6 +28,14 @@ define internal i32 @qcompile_amx_end() alwaysinline {
 }
 """
 
+_PREFETCH = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+define internal i32 @qcompile_amx_prefetch(ptr %memory) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %memory, i32 0, i32 2, i32 1)
+  ret i32 0
+}
+"""
+
 _ROW = """
 define internal ptr @qcompile_amx_aligned(ptr %memory) alwaysinline {
   %address = ptrtoint ptr %memory to i64
@@ -120,6 +128,7 @@ class AmxRegisters:
         return "".join(
             [
                 _MOVES,
+                _PREFETCH,
                 _ROW,
                 _BEGIN.format(name=f"qcompile_amx_{self._begin}", shapes=text),
                 *(move.format(tile=tile) for move in (_LOAD, _STORE) for tile in range(TILES)),
@@ -150,6 +159,10 @@ class AmxRegisters:
     def load_weights(self, j: int, memory: Any, stride: Any) -> None:
         """From int8 at `memory`, groups of four channels `stride` bytes apart."""
         _call(f"load_{self._weights(j)}", memory, T.int64(stride))
+
+    def prefetch(self, memory: Any) -> None:
+        """Ask for a line of memory in the second-level cache; it need not exist."""
+        _call("prefetch", memory)
 
     def multiply(self, i: int, j: int) -> None:
         """Add the products of pixels i and weights j to sum (i, j)."""

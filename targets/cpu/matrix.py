@@ -149,7 +149,17 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
     total = align(shape.y.channels, isa.lanes) // isa.lanes
     steps = int(np.prod(shape.kernel)) // _joined(shape) * sum_of.count
     tile_bytes = 4 * isa.lanes * sum_of.size
-    outer = steps * total * tile_bytes > isa.l2_bytes // 2
+    image = shape.x.size + shape.y.size + (shape.residual.size if shape.residual else 0)
+    weights = steps * total * tile_bytes
+
+    def outer(config: tuple[int, int]) -> bool:
+        """Whether walking over the image for each block of channels reads less from beyond the caches, or as little."""
+        tall, wide = config
+        if not isinstance(image, int):
+            return True
+        again = isa.l2_bytes // 2  # what is larger is read anew each time
+        of_image = image * (total // wide if image > again else 1)
+        return of_image + weights <= image + weights * (-(-runs.parts // tall) if weights > again else 1)
 
     def cycles(config: tuple[int, int]) -> float:
         tall, wide = config
@@ -163,7 +173,7 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
         if total % wide == 0 and tall * wide + tall + 1 <= unit.tiles
     ]
     ranked = sorted(able, key=cycles)
-    return [MatrixConfig(*block, order) for block in ranked for order in (outer, not outer)]
+    return [MatrixConfig(*block, order) for block in ranked for order in (outer(block), not outer(block))]
 
 
 def _unit(isa: InstructionSet) -> MatrixUnit:
@@ -243,6 +253,8 @@ def _build(
     block = vectors * lanes
     batch, _, width = shape.y.extents
     tiles = -(-runs.parts // tall)  # of an image
+    panel_lines = vectors * sum_of.size  # of the weights of a step
+    share = -(-panel_lines // tiles)  # of them that each tile fetches for the next block of channels
     registers = unit.registers(tall, vectors, rows, sum_of.size)
     with function("conv") as (args, done):
         x = args.buffer("x", shape.x.size, isa.storage)
@@ -273,6 +285,11 @@ def _build(
                     )
                     registers.load_pixels(i, T.address_of(x[pixel]), shape.stride[1] * shape.x.pitch)
                 panel = (((b * kh + i_h) * kw + i_w) * sum_of.count + k) * vectors
+                if config.channels_outer:
+                    with only_if(t * share < panel_lines):
+                        following = (panel + kh * kw * sum_of.count * vectors) * sum_of.size + t * share
+                        for line in range(share):
+                            registers.prefetch(T.address_of(weights[(following + line) * vector]))
                 for j in range(vectors):
                     registers.load_weights(j, T.address_of(weights[(panel + j) * sum_of.size * vector]), vector)
                     for i in range(tall):
