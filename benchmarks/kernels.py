@@ -1,6 +1,6 @@
 """Single kernels with their default tiles, as a share of the machine's dot-product peak.
 
-    python -m benchmarks.kernels [--threads 1 2] [--rounds 15] [--output kernels.json]
+    python -m benchmarks.kernels [--target native] [--threads 1 2] [--rounds 15] [--output kernels.json]
 
 Every round times the peak's loop and then each kernel, and what is reported is the median over the
 rounds of the rate divided by that round's peak. Weights and activations are random; the activations
@@ -99,7 +99,7 @@ class Timed:
 
 def kernel(shape: Shape, target: Any, config: Any = None) -> tuple[str, Timed]:
     """The name and the timed kernel of `shape`; `config` None: the default tile."""
-    from qcompile.targets.cpu.conv import conv
+    from qcompile.targets.cpu.choose import generator_for
     from qcompile.targets.cpu.epilogue import Requantize
     from qcompile.targets.cpu.filters import ConvShape, Filters
     from qcompile.targets.layout import Layout
@@ -111,7 +111,8 @@ def kernel(shape: Shape, target: Any, config: Any = None) -> tuple[str, Timed]:
     weight = rng.integers(-127, 128, (shape.out_channels, shape.channels, shape.kernel, shape.kernel), dtype=np.int8)
     bias = rng.integers(-1000, 1000, shape.out_channels, dtype=np.int32)
     m = (rng.random(shape.out_channels) * 1e-3).astype(np.float32)
-    made = conv(place, Filters(weight, bias, m, x_zero_point=3), Requantize(-128), isa, config=config)
+    filters = Filters(weight, bias, m, x_zero_point=3)
+    made = generator_for(place, isa).kernel(place, filters, Requantize(-128), isa, config=config)
     pools, starts = {}, []
     for constant in made.constants:
         before = pools.get(str(constant.dtype), constant[:0])
@@ -123,12 +124,15 @@ def kernel(shape: Shape, target: Any, config: Any = None) -> tuple[str, Timed]:
     )
 
 
-def measure(threads: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     """The share of the peak that each shape reaches, in this process (TVM_NUM_THREADS is set)."""
     from qcompile import targets
+    from qcompile.device import lacks
     from qcompile.targets.cpu.peak import peak_kernel
 
-    target = targets.get("native")
+    target = targets.get(name)
+    if missing := lacks(target.machine, target.features):
+        raise SystemExit(f"{target.name}: this machine {missing}")
     made = peak_kernel(target, threads)
     if made is None:
         raise SystemExit(f"{target.name} has no single instruction for an int8 dot product")
@@ -141,6 +145,7 @@ def measure(threads: int, rounds: int) -> dict[str, Any]:
             peaks.append(peak.rate())
             shares[shape].append(timed.rate() / peaks[-1])
     return {
+        "target": target.name,
         "threads": threads,
         "peak_macs_per_s": statistics.median(peaks),
         "share_of_peak": {shape: statistics.median(found) for shape, found in shares.items()},
@@ -150,7 +155,7 @@ def measure(threads: int, rounds: int) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     plural = "s" if found["threads"] > 1 else ""
-    title = f"{found['threads']} thread{plural}, peak {found['peak_macs_per_s'] / 1e9:.0f} GMAC/s"
+    title = f"{found['target']}, {found['threads']} thread{plural}, peak {found['peak_macs_per_s'] / 1e9:.0f} GMAC/s"
     table = Table("shape", "kernel", "of peak", title=title)
     for shape, share in found["share_of_peak"].items():
         table.add_row(shape, found["kernel"][shape], f"{share:.0%}", style=None if share >= GOAL else "yellow")
@@ -159,18 +164,19 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="native")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, min(2, os.cpu_count() or 1)}))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/kernels.json"))
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_process:
-        print(json.dumps(measure(options.threads[0], options.rounds)))
+        print(json.dumps(measure(options.target, options.threads[0], options.rounds)))
         return
     results = []
     for threads in options.threads:  # a process each: TVM's pool never grows
         command = [sys.executable, "-m", "benchmarks.kernels", "--in-process"]
-        command += ["--threads", str(threads), "--rounds", str(options.rounds)]
+        command += ["--target", options.target, "--threads", str(threads), "--rounds", str(options.rounds)]
         environment = {**os.environ, "TVM_NUM_THREADS": str(threads)}
         results.append(json.loads(subprocess.run(command, env=environment, check=True, stdout=-1).stdout))
         show(results[-1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qcompile.device import processor
 
-DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "avx2", "asimddp", "i8mm")
+DOT_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "asimddp", "i8mm")
 
 
 def machine() -> dict[str, str]:

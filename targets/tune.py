@@ -110,7 +110,8 @@ def tune(
 
     Raises:
         ConfigError: a package that tuning needs is not installed, or the file is no tuning database.
-        DeviceError: this machine cannot run code for `target`, and no device was given; or no tracker answers.
+        DeviceError: this machine cannot run code for `target`, and no device was given; or no tracker answers, or
+            code for `target` cannot run on a device.
         BuildError: a layer cannot be lowered, or measured; or there is no linker.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
@@ -123,6 +124,12 @@ def tune(
             remedy='measure on a device: tuning=Tuning(..., device="KEY@HOST:PORT") of a TVM RPC tracker',
         )
     if remote is not None:
+        if target.isa.matrix is not None:
+            raise DeviceError(
+                f"code for {target.name} cannot be measured through RPC: its server asks Linux for no tile registers",
+                where=str(remote),
+                remedy="tune on that machine itself",
+            )
         _reach(remote)
     if tuning.database is None:
         raise ConfigError("tuning has no database to remember in", remedy='give a path: Tuning("tuned.sqlite")')

@@ -17,6 +17,8 @@ from typing import Any
 
 from tvm.support.popen_pool import PopenWorker, kill_child_processes
 
+from qcompile.device import machine
+
 _POLL = 0.005  # seconds
 
 
@@ -65,7 +67,7 @@ class Workers:
 
 class _Worker(PopenWorker):
     def __init__(self) -> None:
-        super().__init__(_ignore_interrupts, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        super().__init__(_prepare, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def end(self) -> None:
         """End the process, from whatever thread; the one that drives it is told that the process ended."""
@@ -77,6 +79,8 @@ class _Worker(PopenWorker):
             process.kill()
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C in a terminal reaches all processes, but only the one that tunes shall act on it."""
+def _prepare() -> None:
+    """Ctrl-C in a terminal reaches all processes, but only the one that tunes shall act on it. And code may run here
+    for which a process must ask the system first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    machine()

@@ -15,6 +15,15 @@ def test_x86_flags_lose_their_underscores() -> None:
     assert device._x86_features(cpuinfo) == {"fpu", "avx2", "fma", "avx512vnni", "avxvnni", "sse41"}
 
 
+def test_tile_registers_count_only_where_the_system_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = "flags\t\t: fpu avx2 amx_bf16 amx_tile amx_int8\n"
+    monkeypatch.setattr(device, "_architecture", lambda: "x86_64")
+    monkeypatch.setattr(device, "_cpuinfo", lambda: cpuinfo)
+    for given, features in ((True, {"fpu", "avx2", "amxbf16", "amxtile", "amxint8"}), (False, {"fpu", "avx2"})):
+        monkeypatch.setattr(device, "_may_use_amx", lambda found, given=given: given)
+        assert device.machine.__wrapped__()[1] == features
+
+
 @pytest.mark.parametrize(
     ("hwcap", "hwcap2", "features"),
     [

@@ -24,7 +24,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, Registers, function, load, store
+from qcompile.targets.cpu.emit import Kernel, Registers, function, load
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
@@ -50,10 +50,10 @@ def channel_ranges(shape: ConvShape, block: int) -> tuple[list[int], int]:
     return [min(a, shape.x.pitch - 4 * fours) for a in first], fours
 
 
-def channel_order(config: ConvConfig, isa: InstructionSet) -> np.ndarray:
+def channel_order(vectors: int, isa: InstructionSet) -> np.ndarray:
     """Which channel of a block each lane of its vectors holds."""
     order: list[np.ndarray] = []
-    for narrow in isa.narrows_for(config.vectors):
+    for narrow in isa.narrows_for(vectors):
         order.append(sum(map(len, order)) + (np.arange(isa.lanes) if narrow is None else narrow.order))
     return np.concatenate(order)
 
@@ -131,7 +131,7 @@ def conv(
     """The kernel of one convolution."""
     config = config or configs(shape, filters, isa)[0]
     shape, dot = shape.flat(), dot_of(shape, filters, isa)
-    order = channel_order(config, isa)
+    order = channel_order(config.vectors, isa)
     packed = pack(filters.weight, shape, order, isa, dot)
 
     def in_lanes(per_channel: np.ndarray) -> np.ndarray:
@@ -176,6 +176,7 @@ def _build(
         starts = more[0] if more else None
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, isa.storage)
+        finish = epilogue.Finish(y, residual, shape.y, shape.residual, integers, floats, isa, vectors, steps)
 
         def tile(n: Any, h: Any, w: Any, b: Any, count: int) -> None:
             """`count` pixels from (n, h, w) and block `b` of output channels."""
@@ -210,20 +211,7 @@ def _build(
                 with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, fours) as k:
                     taps(i_h, i_w, k)
             for i in range(count):
-                j = 0
-                for narrow in isa.narrows_for(vectors):
-                    taken = range(j, j := j + (narrow.count if narrow else 1))
-                    channel, size = b * block + taken[0] * lanes, len(taken) * lanes
-                    ms = [epilogue.channel_load(floats, b * block + v * lanes, lanes) for v in taken]
-                    accs = [acc[i * vectors + v] for v in taken]
-                    other = None
-                    if residual is not None and shape.residual is not None:
-                        other = load(residual, shape.residual.offset(n, h, w + i, channel), size)
-                    if narrow is None:
-                        value = epilogue.requantize(accs[0], ms[0], integers, floats, isa, lanes, other)
-                    else:
-                        value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, steps, other)
-                    store(y, shape.y.offset(n, h, w + i, channel), value, size)
+                finish.store((n, h, w + i), b, [acc[i * vectors + v] for v in range(vectors)])
 
         walk(shape.y, rows, blocks, config.channels_outer, tile)
         epilogue.fill_halo(y, shape.y, integers, isa)

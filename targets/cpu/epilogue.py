@@ -13,7 +13,7 @@ import numpy as np
 from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, Narrow
-from qcompile.targets.cpu.emit import fill, llvm, load, splat, widen
+from qcompile.targets.cpu.emit import fill, llvm, load, splat, store, widen
 from qcompile.targets.layout import NO_HALO, Layout
 
 # Per-layer numbers are data, not code, so that layers of one shape share one kernel. They head the
@@ -138,6 +138,47 @@ def _scaled(acc: Any, m: Any, integers: Any, floats: Any, lanes: int, residual: 
         return real
     other = to_float(residual - splat(integers[1], lanes), lanes)
     return llvm("float32", lanes, "llvm.fma", other, splat(floats[2], lanes), real)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a convolution's kernel: a pixel's sums to the stored bytes of a block of output channels.
+
+    Attributes:
+        y, residual: buffers, the latter None where there is none.
+        layout, residual_layout: theirs.
+        integers, floats: the constants of `Requantize`.
+        vectors: of output channels in a block.
+        steps: that storing takes.
+    """
+
+    y: Any
+    residual: Any
+    layout: Layout
+    residual_layout: Layout | None
+    integers: Any
+    floats: Any
+    isa: InstructionSet
+    vectors: int
+    steps: Steps
+
+    def store(self, pixel: tuple[Any, Any, Any], b: Any, sums: list[Any]) -> None:
+        """Store `pixel` (image, row, column) of block `b`, whose sums are `sums`, a vector each."""
+        isa, lanes, first = self.isa, self.isa.lanes, b * self.vectors * self.isa.lanes
+        j = 0
+        for narrow in isa.narrows_for(self.vectors):
+            taken = range(j, j := j + (narrow.count if narrow else 1))
+            channel, size = first + taken[0] * lanes, len(taken) * lanes
+            ms = [channel_load(self.floats, first + v * lanes, lanes) for v in taken]
+            accs = [sums[v] for v in taken]
+            other = None
+            if self.residual_layout is not None:
+                other = load(self.residual, self.residual_layout.offset(*pixel, channel), size)
+            if narrow is None:
+                value = requantize(accs[0], ms[0], self.integers, self.floats, isa, lanes, other)
+            else:
+                value = requantize_many(accs, ms, self.integers, self.floats, isa, lanes, narrow, self.steps, other)
+            store(self.y, self.layout.offset(*pixel, channel), value, size)
 
 
 def fill_halo(y: Any, layout: Layout, integers: Any, isa: InstructionSet) -> None:

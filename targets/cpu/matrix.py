@@ -6,10 +6,9 @@ channels. The sum is the one of `conv`, with a step of up to 16 groups of four i
     acc[i, j] = bias[j];  for every tap (kh, kw) and step k:
         acc[i, j] += x[pixels i, tap, channels of k] @ weight[channels of k, tap, j]
 
-The pixels of a register are a part of one image row, which is cut into parts of equal length: the last one starts
-early enough to end with the row, and does not store what the one before has stored. In the same way the last step
-starts early, with weights of zero for the channels that the one before has summed. So nothing outside is read.
-A block's parts may come from different rows. The sums go through memory to the epilogue, one pixel at a time.
+How pixels and channels are cut so that nothing outside is read: `qcompile.targets.cpu.cuts`. The weights are zero for
+channels that the step before has summed, and for bytes between the channels of neighbouring taps. The sums go through
+memory to the epilogue, one pixel at a time.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet, MatrixUnit
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order
-from qcompile.targets.cpu.emit import Kernel, function, load, on_each_thread, only_if, store
+from qcompile.targets.cpu.cuts import LATENCY, Cut, Runs
+from qcompile.targets.cpu.emit import Kernel, function, on_each_thread, only_if
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.cpu.tasks import split
 from qcompile.targets.layout import align
 
 FEWEST_PIXELS = 4  # of a run: the weights are loaded for each part anew
-LATENCY = 52  # cycles until a sum can be added to again
 L2_BYTES_A_CYCLE = 40  # as streams of weights reach it
 
 
@@ -49,63 +48,6 @@ class MatrixConfig:
     tall: int
     vectors: int
     channels_outer: bool
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a run of pixels, or a sum, is cut into parts of one size; the last one may overlap the one before.
-
-    Attributes:
-        total: pixels, or groups of four channels.
-        count: of parts.
-        size: of each.
-    """
-
-    total: int
-    count: int
-    size: int
-
-    @classmethod
-    def of(cls, total: int, most: int) -> Cut:
-        count = -(-total // most)
-        return cls(total, count, -(-total // count))
-
-    @property
-    def overlaps(self) -> bool:
-        return self.count * self.size > self.total
-
-    def start(self, part: Any) -> Any:
-        return T.min(part * self.size, self.total - self.size) if self.overlaps else part * self.size
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Pixels of an image whose inputs lie in memory at equal distances.
-
-    Attributes:
-        count: of runs in an image: its rows, or one that goes through all of them.
-        cut: of a run.
-        pitch: pixels from one row to the next within a run; those beyond the width are computed and not stored.
-    """
-
-    count: int
-    cut: Cut
-    pitch: int | None = None
-
-    @classmethod
-    def of(cls, shape: ConvShape, most: int) -> Runs:
-        """Those that take the fewest cycles."""
-        _, height, width = shape.y.extents
-        ways = [cls(height, Cut.of(width, most))]
-        if shape.stride == (1, 1) and height > 1:
-            pitch = shape.x.padded[1]
-            ways.append(cls(1, Cut.of((height - 1) * pitch + width, most), pitch))
-        return min(ways, key=lambda runs: runs.parts * max(runs.cut.size, LATENCY // 4))
-
-    @property
-    def parts(self) -> int:
-        """Of an image."""
-        return self.count * self.cut.count
 
 
 def _laid(shape: ConvShape) -> ConvShape:
@@ -216,7 +158,7 @@ def conv(
     config = config or configs(shape, filters, isa)[0]
     shape, unit = _laid(shape), _unit(isa)
     runs, sum_of = _cuts(shape, unit)
-    order = channel_order(config, isa)
+    order = channel_order(config.vectors, isa)
     packed = pack(filters.weight, shape, order, sum_of, isa.lanes)
 
     def in_lanes(per_channel: np.ndarray) -> np.ndarray:
@@ -251,7 +193,7 @@ def _build(
     blocks, kh, kw = packed[:3]
     vector = 4 * lanes  # bytes
     block = vectors * lanes
-    batch, _, width = shape.y.extents
+    batch = shape.y.extents[0]
     tiles = -(-runs.parts // tall)  # of an image
     panel_lines = vectors * sum_of.size  # of the weights of a step
     share = -(-panel_lines // tiles)  # of them that each tile fetches for the next block of channels
@@ -262,6 +204,7 @@ def _build(
         weights, integers, floats = args.constants(**constants)
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, isa.storage)
+        finish = epilogue.Finish(y, residual, shape.y, shape.residual, integers, floats, isa, vectors, steps)
 
         def parts(t: Any) -> list[tuple[Any, Any, Any]]:
             """Of tile `t`: the number of each, its run, and its first pixel there. The last tile starts early too."""
@@ -295,24 +238,7 @@ def _build(
                     for i in range(tall):
                         registers.multiply(i, j)
 
-        def store_pixel(memory: Any, i: int, row: Any, n: Any, h: Any, w: Any, b: Any) -> None:
-            """Store (n, h, w), whose sums are row `row` of part `i`."""
-            j = 0
-            for narrow in isa.narrows_for(vectors):
-                taken = range(j, j := j + (narrow.count if narrow else 1))
-                channel, size = b * block + taken[0] * lanes, len(taken) * lanes
-                ms = [epilogue.channel_load(floats, b * block + v * lanes, lanes) for v in taken]
-                accs = [registers.sums(memory, i * vectors + v, row) for v in taken]
-                other = None
-                if residual is not None and shape.residual is not None:
-                    other = load(residual, shape.residual.offset(n, h, w, channel), size)
-                if narrow is None:
-                    value = epilogue.requantize(accs[0], ms[0], integers, floats, isa, lanes, other)
-                else:
-                    value = epilogue.requantize_many(accs, ms, integers, floats, isa, lanes, narrow, steps, other)
-                store(y, shape.y.offset(n, h, w, channel), value, size)
-
-        def finish(memory: Any, n: Any, t: Any, b: Any) -> None:
+        def store(memory: Any, n: Any, t: Any, b: Any) -> None:
             """Store tile `t`, but for what another has stored and for what lies beyond the width."""
             for i, (part, run, first) in enumerate(parts(t)):
                 with T.serial(0, rows) as row:
@@ -320,12 +246,12 @@ def _build(
                     own = [part >= t * tall] if runs.parts % tall else []
                     if runs.cut.overlaps:
                         own.append(pixel >= T.floormod(part, runs.cut.count) * rows)
-                    h, w = run, pixel
-                    if runs.pitch is not None:
-                        h, w = T.floordiv(pixel, runs.pitch), T.floormod(pixel, runs.pitch)
-                        own += [w < width] if runs.pitch > width else []
+                    h, w = runs.place(run, pixel)
+                    if runs.gaps:
+                        own.append(w < runs.width)
                     with only_if(*own):
-                        store_pixel(memory, i, row, n, h, w, b)
+                        sums = [registers.sums(memory, i * vectors + v, row) for v in range(vectors)]
+                        finish.store((n, h, w), b, sums)
 
         def task(at: Any, b: Any) -> None:
             n, t = T.floordiv(at, tiles), T.floormod(at, tiles)
@@ -333,7 +259,7 @@ def _build(
             memory = registers.memory(tall * vectors)
             for i, j in np.ndindex(tall, vectors):
                 registers.store_sum(i, j, memory, i * vectors + j)
-            finish(memory, n, t, b)
+            store(memory, n, t, b)
 
         with on_each_thread(batch * tiles * blocks):
             with T.attr(0, "pragma_import_llvm", registers.code):

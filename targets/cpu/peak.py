@@ -1,7 +1,7 @@
-"""The machine's own limit: how many int8 multiply-accumulates its dot product can do in a second.
+"""The machine's own limit: how many int8 multiply-accumulates it can do in a second.
 
 A kernel that only repeats the target's dot product on registers, with as many independent
-accumulators as the processor has registers to spare, on every thread at once.
+accumulators as the processor has registers to spare, on every thread at once; or the products of its matrix unit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import Target
+from qcompile.targets.base import InstructionSet, MatrixUnit, Target
 from qcompile.targets.cpu import emit
 
 REPEAT = 50_000
@@ -32,10 +32,13 @@ class PeakKernel:
 
 def peak_kernel(target: Target, threads: int) -> PeakKernel | None:
     """The kernel for `target` on `threads` threads; None where it has no int8 dot product instruction."""
-    isa, dot = target.isa, target.isa.dots[0]
-    if dot.name not in SINGLE_INSTRUCTION:
-        return None
-    accumulators, lanes = isa.registers - 8, isa.lanes
+    if target.isa.matrix is not None:
+        return _matrices(target.isa, target.isa.matrix, threads)
+    return _dots(target.isa, threads) if target.isa.dots[0].name in SINGLE_INSTRUCTION else None
+
+
+def _dots(isa: InstructionSet, threads: int) -> PeakKernel:
+    dot, accumulators, lanes = isa.dots[0], isa.registers - 8, isa.lanes
     with emit.function("peak") as (arguments, done):
         x = arguments.buffer("x", 1, "int32")
         weights = arguments.buffer("weights", lanes * 4, dot.weight_dtype)
@@ -59,6 +62,37 @@ def peak_kernel(target: Target, threads: int) -> PeakKernel | None:
         np.zeros(threads * lanes, "int32"),
     ]
     return PeakKernel(done.result, buffers, threads * REPEAT * accumulators * lanes * 4)
+
+
+def _matrices(isa: InstructionSet, unit: MatrixUnit, threads: int) -> PeakKernel:
+    tall = wide = 2  # as many as keep the unit busy
+    registers, lanes = unit.registers(tall, wide, unit.rows, unit.depth), isa.lanes
+    line, tile = 4 * unit.depth, 4 * unit.depth * unit.rows  # bytes
+    with emit.function("peak") as (arguments, done):
+        x = arguments.buffer("x", tile, isa.storage)
+        weights = arguments.buffer("weights", tile, "int8")
+        out = arguments.buffer("out", threads * lanes, "int32")
+        with T.parallel(0, threads) as task:
+            with T.attr(0, "pragma_import_llvm", registers.code):
+                registers.begin()
+            for i in range(tall):
+                registers.load_pixels(i, T.address_of(x[0]), line)
+            for j in range(wide):
+                registers.load_weights(j, T.address_of(weights[0]), line)
+            with T.serial(0, REPEAT) as _:
+                for i, j in np.ndindex(tall, wide):
+                    registers.multiply(i, j)
+            memory = registers.memory(1)
+            registers.store_sum(0, 0, memory, 0)
+            emit.store(out, task * lanes, registers.sums(memory, 0, 0), lanes)
+            registers.end()
+    rng = np.random.default_rng(0)
+    buffers = [
+        rng.integers(0, 256, tile).astype(isa.storage),
+        rng.integers(-100, 100, tile).astype("int8"),
+        np.zeros(threads * lanes, "int32"),
+    ]
+    return PeakKernel(done.result, buffers, threads * REPEAT * tall * wide * unit.rows * lanes * 4 * unit.depth)
 
 
 def peak_rate(target: Target, threads: int, repeat: int = 300) -> float | None:

@@ -20,6 +20,7 @@ from qcompile.compiler import CompiledModel
 Builder = Callable[[], nn.Module]
 # The instruction that takes the dot products, and its registers.
 DOT = {
+    "x86-amx": ("tdpbusd", "tmm"),
     "x86-avx512-vnni": ("vpdpbusd", "zmm"),
     "x86-avx512-bf16": ("vpdpbusd", "zmm"),
     "x86-avx2": ("vpmaddubsw", "ymm"),

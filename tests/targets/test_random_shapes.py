@@ -3,8 +3,9 @@ of the output, its halo included, is the reference's, whatever was in memory bef
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,9 +20,12 @@ from torch import Tensor
 from qcompile.ops.conv import CONV2D
 from qcompile.ops.row import random_int8
 from qcompile.targets import get
+from qcompile.targets.base import InstructionSet
+from qcompile.targets.cpu import matrix
 from qcompile.targets.cpu.conv import conv
 from qcompile.targets.cpu.depthwise import DepthwiseConfig, depthwise
 from qcompile.targets.cpu.depthwise_dot import DepthwiseDotConfig, depthwise_dot
+from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.tiles import ConvConfig
@@ -31,7 +35,10 @@ from qcompile.targets.stored import stored, wrong
 bounded = settings(
     max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
+WITHOUT_MATRIX = [name for name in X86 if get(name).isa.matrix is None]
+WITH_MATRIX = [name for name in X86 if get(name).isa.matrix is not None]
 Halo = tuple[int, int, int, int]
+Generate = Callable[[ConvShape, Filters, Requantize, InstructionSet], Kernel]
 HALOS = st.one_of(st.just(NO_HALO), st.tuples(*[st.integers(0, 3)] * 4))
 
 
@@ -103,8 +110,8 @@ def legal_configs(geometry: Geometry, lanes: int) -> st.SearchStrategy[ConvConfi
     )
 
 
-def mismatching(geometry: Geometry, target: str, config: Any) -> int:
-    """How many elements of the kernel's output, halo included, are not the reference's."""
+def mismatching(geometry: Geometry, target: str, generate: Generate) -> int:
+    """How many elements of the output of the kernel that `generate` makes, halo included, are not the reference's."""
     skip_unless_runnable(target)
     where = get(target)
     isa, g, rng = where.isa, torch.Generator().manual_seed(geometry.seed), np.random.default_rng(geometry.seed)
@@ -144,9 +151,8 @@ def mismatching(geometry: Geometry, target: str, config: Any) -> int:
     if geometry.tight and tight.joined > 1:
         shape = tight
     requantize = Requantize(zp, lo, hi, numbers.get("residual_m", 0.0), numbers.get("residual_zero_point", 0))
-    generate: Any = {DepthwiseConfig: depthwise, DepthwiseDotConfig: depthwise_dot}.get(type(config), conv)
     filters = Filters(weight.numpy(), bias.numpy(), m.numpy(), x_zp)
-    kernel = generate(shape, filters, requantize, isa, config=config)
+    kernel = generate(shape, filters, requantize, isa)
     inputs = [stored(x.numpy(), shape.x, x_zp, isa, rng)]
     if residual is not None and other is not None:
         inputs.append(stored(residual.numpy(), other, 0, isa, rng))
@@ -158,15 +164,15 @@ def _layout(x: Tensor, halo: tuple[int, ...], slack: int) -> Layout:
     return Layout(tuple(x.shape), True, align(x.shape[1], 16) + 16 * slack, (top, bottom, left, right))
 
 
-@pytest.mark.parametrize("target", quick(X86))
+@pytest.mark.parametrize("target", quick(WITHOUT_MATRIX))
 @bounded
 @given(data=st.data(), geometry=geometries())
 def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, data: st.DataObject) -> None:
     config = data.draw(st.none() | legal_configs(geometry, get(target).isa.lanes))
-    assert mismatching(geometry, target, config) == 0
+    assert mismatching(geometry, target, partial(conv, config=config)) == 0
 
 
-@pytest.mark.parametrize("target", quick(X86))
+@pytest.mark.parametrize("target", quick(WITHOUT_MATRIX))
 @bounded
 @given(data=st.data(), geometry=geometries(), channels=st.integers(1, 18))
 def test_a_row_of_taps_without_bytes_between_them_is_summed_as_one(
@@ -176,10 +182,10 @@ def test_a_row_of_taps_without_bytes_between_them_is_summed_as_one(
     kernel, size = (rows, columns + 1), (geometry.size[0], geometry.size[1] + 1)
     geometry = replace(geometry, channels=channels, size=size, kernel=kernel, dilation=(down, 1), groups=1, tight=True)
     config = data.draw(st.none() | legal_configs(geometry, get(target).isa.lanes))
-    assert mismatching(geometry, target, config) == 0
+    assert mismatching(geometry, target, partial(conv, config=config)) == 0
 
 
-@pytest.mark.parametrize("target", quick([name for name in X86 if get(name).isa.tap_dots]))
+@pytest.mark.parametrize("target", quick([name for name in WITHOUT_MATRIX if get(name).isa.tap_dots]))
 @bounded
 @given(
     geometry=geometries(depthwise=True),
@@ -189,13 +195,31 @@ def test_a_depthwise_convolution_by_dot_products_is_right_for_every_shape_and_ti
     target: str, geometry: Geometry, config: DepthwiseDotConfig
 ) -> None:
     rows = min(config.rows, geometry.out[0])
-    assert mismatching(geometry, target, DepthwiseDotConfig(rows, config.columns)) == 0
+    generate = partial(depthwise_dot, config=DepthwiseDotConfig(rows, config.columns))
+    assert mismatching(geometry, target, generate) == 0
 
 
-@pytest.mark.parametrize("target", quick(X86))
+@pytest.mark.parametrize("target", quick(WITHOUT_MATRIX))
 @bounded
 @given(geometry=geometries(depthwise=True), config=st.builds(DepthwiseConfig, pixels=st.integers(1, 16)))
 def test_a_depthwise_convolution_is_right_for_every_shape_and_tile(
     target: str, geometry: Geometry, config: DepthwiseConfig
 ) -> None:
-    assert mismatching(geometry, target, config) == 0
+    assert mismatching(geometry, target, partial(depthwise, config=config)) == 0
+
+
+@pytest.mark.parametrize("target", WITH_MATRIX)
+@bounded
+@given(geometry=geometries(), width=st.integers(0, 40), channels=st.integers(1, 150), number=st.integers(0, 60))
+def test_a_convolution_on_a_matrix_unit_is_right_for_every_shape_and_block(
+    target: str, geometry: Geometry, width: int, channels: int, number: int
+) -> None:
+    size = geometry.size[0], geometry.size[1] + width
+    geometry = replace(geometry, size=size, channels=channels, groups=1, tight=False)
+
+    def generate(shape: ConvShape, filters: Filters, numbers: Requantize, isa: InstructionSet) -> Kernel:
+        assume(matrix.suits(shape, isa))
+        blocks = matrix.configs(shape, filters, isa)
+        return matrix.conv(shape, filters, numbers, isa, config=blocks[number % len(blocks)])
+
+    assert mismatching(geometry, target, generate) == 0

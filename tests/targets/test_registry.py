@@ -124,6 +124,12 @@ def test_native_for_bfloat16_is_what_multiplies_it(monkeypatch: pytest.MonkeyPat
         assert get("native").name == "x86-avx512-vnni"
 
 
+def test_native_has_the_matrix_unit_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = frozenset((*X86, "avx512bf16", "amxtile", "amxint8"))
+    monkeypatch.setattr(registry, "machine", lambda: ("x86_64", features))
+    assert get("native").name == get("native", bfloat16=True).name == "x86-amx"
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_of_two_targets_for_one_machine_the_higher_rank_needs_more(machine: str, bfloat16: bool) -> None:
