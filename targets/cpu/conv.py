@@ -28,7 +28,7 @@ from qcompile.targets.cpu.emit import Kernel, Registers, function, load
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
-from qcompile.targets.cpu.walk import walk
+from qcompile.targets.cpu.walk import Pixels, walk
 from qcompile.targets.layout import align
 
 UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body
@@ -178,8 +178,9 @@ def _build(
         y = args.buffer("y", shape.y.size, isa.storage)
         finish = epilogue.Finish(y, residual, shape.y, shape.residual, integers, floats, isa, vectors, steps)
 
-        def tile(n: Any, h: Any, w: Any, b: Any, count: int) -> None:
-            """`count` pixels from (n, h, w) and block `b` of output channels."""
+        def tile(pixels: Pixels, b: Any) -> None:
+            """`pixels` and block `b` of output channels."""
+            count = len(pixels)
             acc = Registers(count * vectors, lanes, "int32")
             for j in range(vectors):
                 bias = epilogue.channel_load(integers, b * block + j * lanes, lanes)
@@ -193,14 +194,14 @@ def _build(
                     [load(weights, panel + (j * dot.planes + p) * element, element) for p in range(dot.planes)]
                     for j in range(vectors)
                 ]
-                for i in range(count):
-                    pixel = shape.x.offset(
+                for i, (n, h, w) in enumerate(pixels):
+                    at = shape.x.offset(
                         n,
                         h * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
-                        (w + i) * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                        w * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
                         first + (T.min(k * 4, row - 4) if overlapping else k * 4),
                     )
-                    four = dot.prepare(T.reinterpret("int32", load(x, pixel, 4)))
+                    four = dot.prepare(T.reinterpret("int32", load(x, at, 4)))
                     for j in range(vectors):
                         acc[i * vectors + j] = dot.accumulate(acc[i * vectors + j], four, loaded[j])
 
@@ -210,8 +211,8 @@ def _build(
             else:
                 with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, fours) as k:
                     taps(i_h, i_w, k)
-            for i in range(count):
-                finish.store((n, h, w + i), b, [acc[i * vectors + v] for v in range(vectors)])
+            for i, pixel in enumerate(pixels):
+                finish.store(pixel, b, [acc[i * vectors + v] for v in range(vectors)])
 
         walk(shape.y, rows, blocks, config.channels_outer, tile)
         epilogue.fill_halo(y, shape.y, integers, isa)

@@ -25,7 +25,7 @@ from qcompile.targets.cpu.emit import Kernel, Registers, function, load, splat, 
 from qcompile.targets.cpu.filters import ConvShape
 from qcompile.targets.cpu.real import clear_halo, narrow, real, to_real
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
-from qcompile.targets.cpu.walk import walk
+from qcompile.targets.cpu.walk import Pixels, walk
 from qcompile.targets.layout import align
 
 UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body
@@ -132,7 +132,8 @@ def _build(
                 return splat(T.reinterpret("int32", to_real(load(x, offset, 1), given.types[0], 1)), lanes)
             return splat(T.reinterpret("int32", load(x, offset, 2)), lanes)
 
-        def tile(n: Any, h: Any, w: Any, b: Any, count: int) -> None:
+        def tile(pixels: Pixels, b: Any) -> None:
+            count = len(pixels)
             acc = Registers(count * vectors, lanes, "float32")
             for j in range(vectors):
                 for i in range(count):
@@ -142,11 +143,11 @@ def _build(
             def tap(i_h: Any, i_w: Any, k: Any) -> None:
                 panel = (((b * kh + i_h) * kw + i_w) * steps + k) * block
                 loaded = [load(weights, panel + j * lanes, lanes) for j in range(vectors)]
-                for i in range(count):
+                for i, (n, h, w) in enumerate(pixels):
                     at = shape.x.offset(
                         n,
                         h * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
-                        (w + i) * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                        w * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
                         first + k * products.depth,
                     )
                     repeated = word(at)
@@ -159,15 +160,15 @@ def _build(
             else:
                 with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, steps) as k:
                     tap(i_h, i_w, k)
-            for i in range(count):
+            for i, pixel in enumerate(pixels):
                 for j in range(vectors):
                     channel = b * block + j * lanes
                     value = acc[i * vectors + j]
                     if residual is not None and shape.residual is not None:
-                        other = load(residual, shape.residual.offset(n, h, w + i, channel), lanes)
+                        other = load(residual, shape.residual.offset(*pixel, channel), lanes)
                         value = value + to_real(other, given.types[1], lanes)
                     value = narrow(real(value, given.lo, given.hi, lanes), given.types[2], lanes)
-                    store(y, shape.y.offset(n, h, w + i, channel), value, lanes)
+                    store(y, shape.y.offset(*pixel, channel), value, lanes)
 
         with importing(products):
             walk(shape.y, config.rows, constants["bias"].size // block, config.channels_outer, tile)

@@ -12,7 +12,7 @@ from qcompile.targets.cpu.emit import Kernel, function, llvm, load, store
 from qcompile.targets.cpu.filters import ConvShape
 from qcompile.targets.cpu.float_conv import Real
 from qcompile.targets.cpu.real import clear_halo, narrow, real, to_real
-from qcompile.targets.cpu.walk import walk
+from qcompile.targets.cpu.walk import Pixels, walk
 from qcompile.targets.layout import align
 
 _PIXELS = 7  # of a tile, so that pixels which share an input column load it once
@@ -39,28 +39,27 @@ def depthwise(shape: ConvShape, given: Real, isa: InstructionSet, symbols: tuple
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, given.types[2])
 
-        def tile(n: Any, h: Any, w: Any, b: Any, count: int) -> None:
+        def tile(places: Pixels, b: Any) -> None:
             c = b * lanes
-            acc = [load(biases, c, lanes)] * count
+            acc = [load(biases, c, lanes)] * len(places)
             for i_h, i_w in np.ndindex(kh, kw):
                 factor = load(weights, (i_h * kw + i_w) * padded + c, lanes)
-                for i in range(count):
+                for i, (n, h, w) in enumerate(places):
                     at = shape.x.offset(
                         n,
                         h * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
-                        (w + i) * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                        w * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
                         c,
                     )
                     acc[i] = llvm(
                         "float32", lanes, "llvm.fma", to_real(load(x, at, lanes), given.types[0], lanes), factor, acc[i]
                     )
-            for i in range(count):
-                value = acc[i]
+            for place, value in zip(places, acc, strict=True):
                 if residual is not None and shape.residual is not None:
-                    other = load(residual, shape.residual.offset(n, h, w + i, c), lanes)
+                    other = load(residual, shape.residual.offset(*place, c), lanes)
                     value = value + to_real(other, given.types[1], lanes)
                 value = narrow(real(value, given.lo, given.hi, lanes), given.types[2], lanes)
-                store(y, shape.y.offset(n, h, w + i, c), value, lanes)
+                store(y, shape.y.offset(*place, c), value, lanes)
 
         walk(shape.y, pixels, padded // lanes, False, tile)
         clear_halo(y, shape.y, given.types[2])

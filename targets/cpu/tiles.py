@@ -20,7 +20,7 @@ class ConvConfig:
     """What tuning may choose; every value gives the same bits.
 
     Attributes:
-        rows: output pixels of a register tile.
+        rows: output pixels of a register tile; more than a row of the image has are some whole rows.
         vectors: vectors of output channels of a register tile.
         channels_outer: a thread keeps one block of weights and walks over the image (else it keeps a
             row of the image and walks over the weights).
@@ -41,8 +41,8 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, ste
     a tile counts by the sum of what it takes on each, relative to the best tile there.
     """
     total = align(shape.y.channels, isa.lanes) // isa.lanes
-    width = shape.y.extents[2]
-    width = width if isinstance(width, int) else 16 * MOST_ROWS
+    height, width = (size if isinstance(size, int) else None for size in shape.y.extents[1:])
+    height, width = height or 1, width or 16 * MOST_ROWS
     spare = 1 + dot.planes  # the prepared activations, and the products
     width_of_vector = 4 * isa.lanes  # bytes
     outer = steps * total * width_of_vector > isa.l2_bytes // 2  # the weights alone fill half of the cache
@@ -57,13 +57,17 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, ste
 
     def cycles(config: tuple[int, int], issue: int) -> float:
         rows, vectors = config
-        return total // vectors * (width // rows * tile(rows, vectors, issue) + tile(width % rows, vectors, issue))
+        if rows <= width:
+            full, rest, again = width // rows, width % rows, height
+        else:
+            full, rest, again = height // (rows // width), height % (rows // width) * width, 1
+        return total // vectors * again * (full * tile(rows, vectors, issue) + tile(rest, vectors, issue))
 
     limit = total if shape.groups == 1 else max(1, shape.y.channels // shape.groups // isa.lanes)
     able = [
         (rows, vectors)
         for vectors in range(1, min(MOST_VECTORS, limit) + 1)
-        for rows in range(1, min(MOST_ROWS, max(1, width)) + 1)
+        for rows in (*range(1, min(MOST_ROWS, width) + 1), *range(2 * width, min(MOST_ROWS, height * width) + 1, width))
         if total % vectors == 0 and (rows + dot.planes) * vectors + spare <= isa.registers
     ]
     least = {issue: min(cycles(tile, issue) for tile in able) for issue in isa.issue}

@@ -26,3 +26,14 @@ def test_the_default_tile_spends_its_time_on_products_not_on_loads(
     dot, best = dot_of(shape, filters, isa), configs(shape, filters, isa)[0]
     loads = dot.planes * best.vectors + best.rows
     assert loads <= dot.cycles * best.rows * best.vectors
+
+
+def test_a_tile_of_a_small_image_takes_several_of_its_rows() -> None:
+    """Its weights are loaded for fewer tiles then."""
+    isa = get("x86-avx512-vnni").isa
+    weight = np.random.default_rng(0).integers(-127, 128, (512, 512, 3, 3), dtype=np.int8)
+    filters = Filters(weight, np.zeros(512, np.int32), np.ones(512, np.float32), 3)
+    layout = Layout((1, 512, 7, 7), True, 512, (1, 1, 1, 1))
+    best = configs(ConvShape(layout, layout, None, (3, 3), (1, 1), (1, 1), (1, 1), 1), filters, isa)[0]
+    assert best.rows > 7
+    assert best.rows % 7 == 0
