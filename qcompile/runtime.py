@@ -19,8 +19,8 @@ import numpy as np
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
-from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
-from qcompile.executable import OWNER, Executable, set_threads
+from qcompile.errors import DeviceError, InputError, QcompileError
+from qcompile.executable import OWNER, Executable, check_threads, set_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,10 +71,7 @@ class Model:
             DeviceError: no variant fits this machine; it is checked before any code is loaded.
             ConfigError: `threads` is not a positive number, or more than there are.
         """
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ConfigError(
-                f"threads is {threads!r}", where="threads", remedy="give 1 or more, or None for all cores"
-            )
+        check_threads(threads)
         self.artifact, self._threads = artifact, threads
         self._variant = best_variant(artifact)
         if threads is not None:  # else the first call makes the pool: a process may fork before it

@@ -178,9 +178,10 @@ assert one.selftest().passed and ffi.call(ffi.function("runtime.NumThreads")) ==
     _python(artifact, code, {"TVM_NUM_THREADS": "2"})
 
 
-def test_zero_threads_are_refused(artifact: Artifact) -> None:
-    with pytest.raises(ConfigError, match="threads is 0"):
-        Model(artifact, threads=0)
+@pytest.mark.parametrize("threads", [0, "2", 1.5, True], ids=repr)
+def test_a_number_of_threads_that_is_none_is_refused(artifact: Artifact, threads: Any) -> None:
+    with pytest.raises(ConfigError, match=f"threads is {threads!r}"):
+        Model(artifact, threads=threads)
 
 
 def test_calls_from_many_threads_give_the_same_answers(model: Model) -> None:
