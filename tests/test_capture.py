@@ -143,6 +143,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: spoiled(nn.BatchNorm1d(4).eval(), "running_var", torch.nan),
         "'running_var' holds NaN or infinity",
     ),
+    "a negative variance": (
+        lambda: spoiled(nn.BatchNorm1d(4).eval(), "running_var", -0.5),
+        "the running variance of the batch norm is -0.5",
+    ),
     "half precision": (lambda: Widened(torch.float16), "'weight' is torch.float16"),
     "double precision": (lambda: Widened(torch.float64), "'weight' is torch.float64"),
 }
@@ -173,6 +177,11 @@ def test_a_layer_that_cannot_be_compiled_is_named_by_its_path(case: str) -> None
     assert isinstance(error, CaptureError)
     assert message in error.what
     assert error.where == "body.0"
+
+
+def test_a_variance_that_eps_makes_positive_is_captured() -> None:
+    quantized = qcompile.quantize(spoiled(nn.BatchNorm1d(4).eval(), "running_var", -1e-6), calibration=[X])
+    assert torch.isfinite(quantized(X)).all()
 
 
 @pytest.mark.parametrize(
