@@ -31,7 +31,12 @@ def is_empty(inputs: Any) -> bool:
 
 
 def example_call(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments of an example call of `model`."""
+    """The positional and keyword arguments of an example call of `model`.
+
+    Raises:
+        CalibrationError: a float input is not float32.
+        CaptureError: `dynamic_shapes` is of no form that torch.export takes, or names an axis that an input has not.
+    """
     parameters = list(inspect.signature(model.forward).parameters.values())
     inputs = pytree.tree_map_only(np.ndarray, torch.from_numpy, inputs)
     _check_types(inputs)
@@ -47,6 +52,8 @@ def example_call(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> tuple[tu
             args = args[: sum(p.kind in _POSITIONAL for p in parameters)]
     names_in_order = [p.name for p in parameters if p.kind in _POSITIONAL][: len(args)]
     specs = _specs_by_name(dynamic_shapes, names_in_order)
+    for name, value in (*zip(names_in_order, args, strict=False), *kwargs.items()):
+        _check_axes(value, specs.get(name), name)
     grown = {name: _grow(value, specs.get(name)) for name, value in zip(names_in_order, args, strict=False)}
     return (
         (*grown.values(), *args[len(grown) :]),
@@ -70,7 +77,29 @@ def _specs_by_name(dynamic_shapes: Any, names: list[str]) -> dict[str, Any]:
         return dict(dynamic_shapes)
     if isinstance(dynamic_shapes, (tuple, list)):
         return dict(zip(names, dynamic_shapes, strict=False))
-    return {}
+    if dynamic_shapes is None:
+        return {}
+    raise CaptureError(
+        f"dynamic_shapes is a {type(dynamic_shapes).__name__}",
+        remedy='give one entry per input: ({0: torch.export.Dim("batch")},), or a dict by the names of the inputs',
+    )
+
+
+def _check_axes(value: Any, spec: Any, name: str) -> None:
+    """Refuse a dynamic axis that the input `name` has not: torch.export would fail inside of itself."""
+    if isinstance(value, Tensor) and isinstance(spec, Mapping):
+        for axis in spec:
+            if axis not in range(value.dim()):
+                raise CaptureError(
+                    f"dynamic_shapes names the axis {axis!r} of the input {name!r} of shape {tuple(value.shape)}",
+                    remedy=f"name its axes by the numbers 0 to {value.dim() - 1}",
+                )
+    elif isinstance(value, Mapping) and isinstance(spec, Mapping):
+        for key in value:
+            _check_axes(value[key], spec.get(key), f"{name}.{key}")
+    elif isinstance(value, (tuple, list)) and isinstance(spec, (tuple, list)):
+        for i, (inner, its) in enumerate(zip(value, spec, strict=False)):
+            _check_axes(inner, its, f"{name}.{i}")
 
 
 def _axes(spec: Any) -> dict[int, Any]:

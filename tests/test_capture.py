@@ -234,6 +234,37 @@ def test_dynamic_shapes_that_do_not_fit_pass_on_what_torch_says() -> None:
     assert "features = 4" in error.what
 
 
+BATCH = torch.export.Dim("batch", max=8)
+
+
+@pytest.mark.parametrize("axis", [2, 5, -1, "0"], ids=repr)
+def test_a_dynamic_axis_that_an_input_has_not_is_named_with_the_input(axis: Any) -> None:
+    for shapes in (({axis: BATCH},), {"input": {axis: BATCH}}):
+        error = refusal(nn.Linear(4, 3).eval(), dynamic_shapes=shapes)
+        assert isinstance(error, CaptureError)
+        assert error.what == f"dynamic_shapes names the axis {axis!r} of the input 'input' of shape (2, 4)"
+        assert error.remedy == "name its axes by the numbers 0 to 1"
+
+
+def test_a_dynamic_axis_of_a_nested_input_is_named_too() -> None:
+    class Sum(nn.Module):
+        def forward(self, pair: dict[str, list[Tensor]]) -> Tensor:
+            return pair["of"][0] + pair["of"][1]
+
+    nested = {"pair": {"of": [{0: BATCH}, {3: BATCH}]}}
+    error = refusal(Sum(), [({"of": [X, X]},)], dynamic_shapes=nested)
+    assert "the axis 3 of the input 'pair.of.1'" in error.what
+
+
+def test_dynamic_shapes_of_no_known_form_are_refused() -> None:
+    assert refusal(nn.Linear(4, 3).eval(), dynamic_shapes=3).what == "dynamic_shapes is a int"
+
+
+def test_bounds_that_no_size_meets_are_about_the_dynamic_shapes() -> None:
+    error = refusal(nn.Linear(4, 3).eval(), dynamic_shapes=({0: torch.export.Dim("batch", max=1)},))
+    assert "the dynamic shapes do not fit the model" in error.what
+
+
 def test_weights_without_values_are_refused() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
