@@ -19,7 +19,7 @@ import numpy as np
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
-from qcompile.errors import DeviceError, InputError, QcompileError
+from qcompile.errors import ArtifactError, DeviceError, InputError, QcompileError
 from qcompile.executable import OWNER, Executable, check_threads, set_threads
 
 if TYPE_CHECKING:
@@ -153,6 +153,13 @@ class Model:
             self(*inputs)
             times.append(time.perf_counter() - start)
         return Timing(len(times), float(np.median(times)), min(times), max(times))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArtifactError(
+            "a compiled model is saved as an artifact; it cannot be pickled or copied",
+            where=f"pickle, copy or torch.save of a {type(self).__name__}",
+            remedy="model.save(path), and qcompile.load(path) where it is needed: in each process, for each copy",
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the artifact; see `Artifact.save`."""
