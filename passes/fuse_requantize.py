@@ -67,8 +67,16 @@ def _ledger(program: Program, groups: list[Group]) -> list[LedgerRow]:
             kind, reason = "shape", ""
         else:
             reason = node.meta.get(STAYS_FLOAT) or reason or "its operands or its output are not quantized"
+            if ops.find(node) is None and (declined := _declined(program, node)):
+                reason += f": {declined}"
         rows.append(LedgerRow(str(node.target), node.name, kind, kernel, reason, where(node)))
     return rows
+
+
+def _declined(program: Program, node: fx.Node) -> str:
+    """Why no rule brought `node`, or one of its several results, into the form of an operator that there is."""
+    names = [node.name, *(user.name for user in node.users if not is_computed(user))]
+    return "; ".join(dict.fromkeys(why for _, name, why in program.ledger.declined if name in names))
 
 
 class _Builder:
