@@ -1,14 +1,19 @@
 """How a model's inputs and outputs nest: flattening them to the graph's order, and describing both.
 
 A batch is a tensor (one input), a tuple or list (positional inputs) or a dict (keyword inputs).
-Nested containers flatten as torch.export flattens them. A batch may hold more than the model takes
-(a DataLoader's labels): surplus positional values, and keys that are no input, are left out.
+Nested containers flatten as torch.export flattens them.
+
+What a batch of data holds beyond the model's inputs (a DataLoader's labels) is left out, with a warning:
+positional values behind the last input, and keys that are no input. The inputs are those of
+`example_inputs`; without these, of the first batch, which must then not leave open whether a value is an
+optional input or a label.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from qcompile.errors import CalibrationError, CaptureError, InputError
+from qcompile.errors import CalibrationError, CalibrationWarning, CaptureError, InputError
 from qcompile.ir import InputSpec
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -59,6 +64,24 @@ def example_call(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> tuple[tu
         (*grown.values(), *args[len(grown) :]),
         {name: _grow(value, specs.get(name)) for name, value in kwargs.items()},
     )
+
+
+def check_first_batch(model: nn.Module, batch: Any) -> None:
+    """Refuse a batch to take example inputs from that may hold an optional input as well as a label.
+
+    Raises:
+        CalibrationError
+    """
+    if not isinstance(batch, (tuple, list)):
+        return
+    takes = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in _POSITIONAL]
+    needs = max(1, sum(p.default is p.empty for p in takes))
+    if needs < min(len(batch), len(takes)):
+        raise CalibrationError(
+            f"the batch holds {len(batch)} values, and the model needs {needs} and can take {len(takes)}",
+            where="calibration batch 0",
+            remedy="say which are inputs: pass example_inputs, or batches that are dicts by the names of the inputs",
+        )
 
 
 def _check_types(inputs: Any) -> None:
@@ -193,6 +216,25 @@ def flatten(batch: Any, names: list[str]) -> list[Any] | None:
         batch = {k: v for k, v in batch.items() if any(n == k or n.startswith(f"{k}_") for n in names)}
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if leaf is not None]
     return leaves[: len(names)] if len(leaves) >= len(names) else None
+
+
+def surplus(batch: Any, names: list[str]) -> str:
+    """What `flatten` leaves out of `batch`, in words; "" for nothing."""
+    if isinstance(batch, Mapping):
+        return ", ".join(str(k) for k in batch if not any(n == k or n.startswith(f"{k}_") for n in names))
+    count = sum(leaf is not None for leaf in pytree.tree_leaves(batch)) - len(names)
+    return f"the last {count} values" if count > 1 else "the last value" if count == 1 else ""
+
+
+def warn_of_surplus(batch: Any, names: list[str]) -> None:
+    """Say what `flatten` leaves out of `batch`; Python shows equal warnings once."""
+    if left_out := surplus(batch, names):
+        warnings.warn(
+            f"the data holds more than the model's inputs ({', '.join(names)}); left out of each batch, as labels: "
+            f"{left_out}",
+            CalibrationWarning,
+            stacklevel=3,
+        )
 
 
 def arrange(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from qcompile.batches import Batches
 from qcompile.capture import check_eval
 from qcompile.checks import InputChecker
 from qcompile.errors import CalibrationError, InputError
-from qcompile.inputs import example_call, flatten
+from qcompile.inputs import example_call, flatten, surplus, warn_of_surplus
 from qcompile.passes.base import Progress
 
 
@@ -127,6 +127,14 @@ def _piece(batch: Any, model: nn.Module, specs: Sequence[TensorSpec], labels: bo
             where=place,
             remedy="give each batch as for a call: a tensor, a tuple of tensors, or a dict by name",
         )
+    if more := surplus(named or positional, names):
+        raise InputError(
+            f"the batch holds more than the inputs of the compiled model ({', '.join(names)}), and the float model "
+            f"would take it: {more}",
+            where=place,
+            remedy="give the inputs alone, or pairs of inputs and labels and labels=True",
+        )
+    warn_of_surplus(batch, names)
     return Piece(place, positional, named, tuple(flat), wanted)
 
 
