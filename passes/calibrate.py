@@ -88,11 +88,10 @@ class Calibrate(Pass):
 def check_batch(specs: tuple[InputSpec, ...], batch: Any, place: str) -> Iterator[list[Tensor]]:
     """The inputs that `batch` holds, checked against `specs`: once, or in pieces of the static batch size. `place` is
     how errors call it."""
-    names = [spec.name for spec in specs]
-    values = flatten(batch, names)
-    warn_of_surplus(batch, names)
+    values = flatten(batch, specs)
+    warn_of_surplus(batch, specs)
     if values is None:
-        wanted = ", ".join(names)
+        wanted = ", ".join(spec.name for spec in specs)
         raise CalibrationError(
             f"the batch does not hold the {len(specs)} inputs of the model ({wanted})", where=place, remedy=_REMEDY_DATA
         )

@@ -261,7 +261,9 @@ def pass_rows(records: Sequence[PassRecord]) -> tuple[PassRow, ...]:
 def input_specs(program: Program) -> tuple[TensorSpec, ...]:
     """The flat inputs, with the scale and zero point of those that the network quantizes."""
     pairs = zip(program.inputs, program.placeholders(), strict=True)
-    return tuple(TensorSpec(spec.name, spec.shape, spec.dtype, *quantization_of(node)) for spec, node in pairs)
+    return tuple(
+        TensorSpec(spec.name, spec.shape, spec.dtype, *quantization_of(node), spec.path) for spec, node in pairs
+    )
 
 
 def quantization_of(node: fx.Node) -> tuple[float | None, int | None]:

@@ -68,7 +68,7 @@ class QatModel(nn.Module):
             InputError: an input is missing, is no tensor, or has another shape than the model takes.
         """
         specs = self._program.inputs
-        flat = arrange(args, kwargs, [spec.name for spec in specs])
+        flat = arrange(args, kwargs, specs)
         for spec, value in zip(specs, flat, strict=True):
             _check_shape(spec, value)
         run = fx.Interpreter(self, graph=self._graph)

@@ -64,7 +64,7 @@ class QuantizedModel:
         """The outputs for positional or keyword inputs, nested as the model nests them.
 
         Raises:
-            InputError: an input is missing or is no tensor.
+            InputError: an input is missing, is no tensor, or is none of the model's.
         """
         return call(self.program, self.program, args, kwargs)
 
@@ -73,9 +73,9 @@ def call(program: Program, run: Callable[..., Sequence[Tensor]], args: Any, kwar
     """`run`, which takes and returns the flat tensors of `program`, on inputs as the model takes them.
 
     Raises:
-        InputError: an input is missing or is no tensor.
+        InputError: an input is missing, is no tensor, or is none of the model's.
     """
-    flat = arrange(args, kwargs, [spec.name for spec in program.inputs])
+    flat = arrange(args, kwargs, program.inputs)
     return unflatten(program.output_structure, run(*flat))
 
 

@@ -103,8 +103,8 @@ class Model:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the model: NumPy arrays in and out, or torch tensors in and out.
 
-        Inputs are given by position or by name. Outputs nest as the model's own do, and are the
-        caller's to keep and to change.
+        Inputs are given by position or by name and nest as the model's own do, or are all given flat, in the order
+        of `inputs`. Outputs nest as the model's own do, and are the caller's to keep and to change.
 
         Raises:
             InputError: count, shape or dtype do not fit. (Values may be anything, NaN included.)
