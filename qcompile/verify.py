@@ -42,7 +42,7 @@ _STAGED = frozenset().union(*(legal.namespaces for legal in LEGAL.values()))
 _POSITIVE = ("scale", "inv_scale", "ratio")  # arguments of operators that quantize: numbers with a reciprocal
 _ZERO_POINTS = {torch.uint8: (0, 255)}  # by the type of a node's values or operand; int8's otherwise
 
-Interface = tuple[tuple[torch.dtype, int], ...]
+Interface = tuple[tuple[torch.dtype, tuple[int | None, ...]], ...]
 
 
 class IllegalGraph(Exception):
@@ -54,9 +54,13 @@ class IllegalGraph(Exception):
 
 
 def interface(program: Program) -> Interface:
-    """Type and rank of each output: what no pass may change."""
+    """Type and shape of each output, None for a dynamic size: what no pass may change."""
     values = [n.meta["val"] for n in program.outputs()]
-    return tuple((v.dtype, v.dim()) for v in values if isinstance(v, Tensor))
+    return tuple(
+        (v.dtype, tuple(size if isinstance(size, int) else None for size in v.shape))
+        for v in values
+        if isinstance(v, Tensor)
+    )
 
 
 def verify(program: Program) -> None:
