@@ -21,6 +21,7 @@ from qcompile.ops.unary import LOOKUP, clamp_bounds, requantize_table
 from qcompile.passes.base import Context, Pass
 from qcompile.qdq import MARKS, is_dequantize, is_quantize, lift_weights, params
 from qcompile.sites import COVERS, HOLDS, STAYS_FLOAT, Group, Held, computes_no_reals, is_computed, is_shape, read
+from qcompile.weights import by_channel
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Builder:
         value = constant(self.old, node)
         if node in self.weights:  # float code reads a weight that was quantized: give it the real values
             weight = self.weights[node]
-            value = weight.q.to(torch.float32) * weight.scale.reshape(-1, *[1] * (weight.q.dim() - 1))
+            value = weight.q.to(torch.float32) * by_channel(weight.scale, weight.q)
         return add_constant(self.new, str(node.target), value)
 
     def dequantize(self, node: fx.Node) -> fx.Node:
