@@ -19,7 +19,7 @@ from torch import Tensor
 from qcompile.batches import empty
 from qcompile.distributed import processes
 from qcompile.errors import CalibrationError, CalibrationWarning
-from qcompile.inputs import flatten
+from qcompile.inputs import flatten, warn_of_surplus
 from qcompile.ir import InputSpec, Program, Property
 from qcompile.observers import Observer
 from qcompile.passes.base import Context, Pass
@@ -39,7 +39,7 @@ class Calibrate(Pass):
             NaN or infinity; names the batch and the input. Or another process failed.
 
     Warns:
-        CalibrationWarning: there were fewer than 16 samples.
+        CalibrationWarning: there were fewer than 16 samples, or a batch holds more than the inputs.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -88,7 +88,8 @@ class Calibrate(Pass):
 def check_batch(specs: tuple[InputSpec, ...], batch: Any, place: str) -> Iterator[list[Tensor]]:
     """The inputs that `batch` holds, checked against `specs`: once, or in pieces of the static batch size. `place` is
     how errors call it."""
-    values = flatten(batch, [spec.name for spec in specs])
+    values = flatten(batch, specs)
+    warn_of_surplus(batch, specs)
     if values is None:
         wanted = ", ".join(spec.name for spec in specs)
         raise CalibrationError(

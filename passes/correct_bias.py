@@ -41,6 +41,7 @@ from qcompile.passes.base import Context, Pass
 from qcompile.qdq import is_dequantize, is_quantize
 from qcompile.sites import only_user, other_operand
 from qcompile.twins import Layer, is_layer, layers, set_bias
+from qcompile.weights import by_channel
 
 aten = torch.ops.aten
 METHODS = ("empirical", "analytic")
@@ -129,7 +130,7 @@ def _shift(layer: Layer, behind: fx.Node | None) -> Tensor:
     """d (channels,) float64: the best of some steps of Newton's method, so never worse than none."""
     target: Any = layer.node.target
     axis = -1 if target is aten.linear.default else 1
-    weight = layer.q.float() * layer.scale.reshape(-1, *[1] * (layer.q.dim() - 1))
+    weight = layer.q.float() * by_channel(layer.scale, layer.q)
     made = [target(x, weight, layer.bias, *layer.node.args[3:]) for x in layer.inputs]
     along = [1] * (made[0].dim() - 1 - axis % made[0].dim())
 
@@ -230,7 +231,7 @@ def _own_shift(program: Program, node: fx.Node, originals: dict[str, Tensor], me
     """What the rounding of its weights takes from the mean of each output channel; padding counts as zeros."""
     dequantize: Any = node.args[1]
     q, scale = (constant(program.graph_module, n).double() for n in dequantize.args[:2])
-    lost = originals[dequantize.name].double() - q * scale.reshape(-1, *[1] * (q.dim() - 1))
+    lost = originals[dequantize.name].double() - q * by_channel(scale, q)
     target: Any = node.target
     if target is aten.linear.default:
         return lost @ mean

@@ -35,6 +35,7 @@ from qcompile.ir import (
 from qcompile.passes.base import Context, Pass
 from qcompile.rewrite import Rule, call
 from qcompile.sites import only_user
+from qcompile.weights import by_channel
 
 aten = torch.ops.aten
 _NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
@@ -123,7 +124,7 @@ def _fold(program: Program, node: fx.Node) -> fx.Node:
     g, shift = affine(program, norm)
     weight_node, bias_node = before.args[1], before.args[2] if len(before.args) > 2 else None
     weight = constant(program.graph_module, weight_node).to(torch.float64)
-    weight = weight * g.reshape(-1, *[1] * (weight.dim() - 1))
+    weight = weight * by_channel(g, weight)
     if bias_node is not None:
         shift = shift + constant(program.graph_module, bias_node).to(torch.float64) * g
     (gamma, beta, *_), _ = _statistics(norm)

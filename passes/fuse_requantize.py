@@ -21,6 +21,7 @@ from qcompile.ops.unary import LOOKUP, clamp_bounds, requantize_table
 from qcompile.passes.base import Context, Pass
 from qcompile.qdq import MARKS, is_dequantize, is_quantize, lift_weights, params
 from qcompile.sites import COVERS, HOLDS, STAYS_FLOAT, Group, Held, computes_no_reals, is_computed, is_shape, read
+from qcompile.weights import by_channel
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,16 @@ def _ledger(program: Program, groups: list[Group]) -> list[LedgerRow]:
             kind, reason = "shape", ""
         else:
             reason = node.meta.get(STAYS_FLOAT) or reason or "its operands or its output are not quantized"
+            if ops.find(node) is None and (declined := _declined(program, node)):
+                reason += f": {declined}"
         rows.append(LedgerRow(str(node.target), node.name, kind, kernel, reason, where(node)))
     return rows
+
+
+def _declined(program: Program, node: fx.Node) -> str:
+    """Why no rule brought `node`, or one of its several results, into the form of an operator that there is."""
+    names = [node.name, *(user.name for user in node.users if not is_computed(user))]
+    return "; ".join(dict.fromkeys(why for _, name, why in program.ledger.declined if name in names))
 
 
 class _Builder:
@@ -109,7 +118,7 @@ class _Builder:
         value = constant(self.old, node)
         if node in self.weights:  # float code reads a weight that was quantized: give it the real values
             weight = self.weights[node]
-            value = weight.q.to(torch.float32) * weight.scale.reshape(-1, *[1] * (weight.q.dim() - 1))
+            value = weight.q.to(torch.float32) * by_channel(weight.scale, weight.q)
         return add_constant(self.new, str(node.target), value)
 
     def dequantize(self, node: fx.Node) -> fx.Node:

@@ -29,7 +29,7 @@ from qcompile.passes.fold_batchnorm import FOLD, affine, norm_of, objection_to_n
 from qcompile.qdq import DEQUANTIZE, QUANTIZE, QUANTIZE_CHANNELS, WEIGHT, is_dequantize, params, qd
 from qcompile.rewrite import Rule, call
 from qcompile.sites import STAYS_FLOAT
-from qcompile.weights import nearest, smallest_scale
+from qcompile.weights import by_channel, nearest, smallest_scale
 
 aten = torch.ops.aten
 OVERLOADS = {
@@ -204,7 +204,7 @@ def _fold_norm(program: Program, node: fx.Node) -> fx.Node:
     g, shift = affine(program, norm)
     q, scale, _ = _integers(program, conv.args[1])
     # Where g is 0 the channel is constant.
-    q = q * torch.sign(g).to(torch.int64).reshape(-1, *[1] * (q.dim() - 1))
+    q = q * by_channel(torch.sign(g).to(torch.int64), q)
     scale = torch.where(g == 0, scale, (scale.to(torch.float64) * g.abs()).to(torch.float32))
     bias = argument(conv, 2, None)
     if bias is not None:

@@ -1,4 +1,8 @@
-"""What the command line reads: a model that torch.export.save wrote, and arrays that numpy.savez wrote."""
+"""What the command line reads: a model that torch.export.save wrote, and arrays that numpy.savez wrote.
+
+The arrays of a file are the model's inputs, and nothing else: by their names, or where these are not the model's,
+in the order of the file.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +70,7 @@ def read_arrays(path: Path, kind: type[QcompileError]) -> dict[str, np.ndarray]:
 
 
 def _batches(samples: dict[str, np.ndarray], size: int, names: Sequence[str], path: Path) -> list[tuple[Any, ...]]:
-    """Slices of `size` samples of each array, as torch tensors in the order of the inputs `names`.
-
-    Arrays of other names are taken in the order of the file.
-    """
+    """Slices of `size` samples of each array, as torch tensors in the order of the inputs `names`."""
     import torch
 
     counts = {name: len(array) if array.ndim else 0 for name, array in samples.items()}
@@ -81,10 +82,20 @@ def _batches(samples: dict[str, np.ndarray], size: int, names: Sequence[str], pa
             remedy="stack the samples of each input along the first axis",
         )
     total = next(iter(counts.values()), 0)
-    tensors = [torch.from_numpy(array) for array in in_order(samples, names)]
+    tensors = [torch.from_numpy(array) for array in in_order(samples, names, path)]
     return [tuple(t[start : start + size] for t in tensors) for start in range(0, total, size)]
 
 
-def in_order(arrays: dict[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
-    """By name where all names are the model's, else as they come."""
+def in_order(arrays: dict[str, np.ndarray], names: Sequence[str], path: Path) -> list[np.ndarray]:
+    """The model's inputs `names`, of the arrays of a file.
+
+    Raises:
+        InputError: there are more or fewer arrays than inputs.
+    """
+    if len(arrays) != len(names):
+        raise InputError(
+            f"the file holds {', '.join(arrays) or 'nothing'}, and the model takes {', '.join(names)}",
+            where=str(path),
+            remedy="store one array for each input, and no other (but the labels that --labels names)",
+        )
     return [arrays[name] for name in names] if set(names) == set(arrays) else list(arrays.values())

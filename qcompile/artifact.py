@@ -36,6 +36,8 @@ class TensorSpec(NamedTuple):
         shape: a dimension is a number, or (symbol, smallest, largest); equal symbols are equal numbers.
         dtype: as NumPy names it.
         scale, zero_point: how the model quantizes it inside, where it does: real = scale * (q - zero_point).
+        path: of an input inside of the model's arguments: the argument, then keys and positions in it; () where it
+            is the argument `name`.
     """
 
     name: str
@@ -43,6 +45,7 @@ class TensorSpec(NamedTuple):
     dtype: str
     scale: float | None = None
     zero_point: int | None = None
+    path: tuple[str | int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -268,4 +271,7 @@ def _spec(entry: dict[str, Any]) -> TensorSpec:
     shape = tuple(d if isinstance(d, int) else (str(d[0]), int(d[1]), int(d[2])) for d in entry["shape"])
     if entry["dtype"] not in tensors.NAMES:
         raise ValueError(f"an input or output of dtype {entry['dtype']!r}")
-    return TensorSpec(**{**entry, "shape": shape})
+    path = tuple(entry.get("path", ()))  # format 1 had none
+    if not all(isinstance(key, (str, int)) for key in path):
+        raise ValueError(f"an input at the path {path}")
+    return TensorSpec(**{**entry, "shape": shape, "path": path})

@@ -3,7 +3,7 @@
 torch.export gives functional ATen with parameters lifted to inputs; here they become constants
 (``get_attr``) of the graph, copied, so that the user's model is neither modified nor watched.
 Whatever cannot be compiled faithfully is refused: training-mode layers, control flow on data, random
-numbers, mutated buffers, weights that are not finite or not float32.
+numbers, mutated buffers, weights that are not finite or not float32, variances that are not positive.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from qcompile.errors import CalibrationError, CaptureError
 from qcompile.inputs import example_call, input_specs, is_empty, output_structure
-from qcompile.ir import ORIGIN, Origin, Program, Property, Stage, finish, source, where
+from qcompile.ir import ORIGIN, Origin, Program, Property, Stage, constant, finish, is_constant, source, where
 from qcompile.qdq import NAMESPACE
 from qcompile.trace import export_refused
 
@@ -32,6 +32,7 @@ _TRAINING_NORMS = (
     aten._batch_norm_with_update_functional.default,
     aten.native_batch_norm.default,
 )
+_INFERENCE_NORMS = (aten._native_batch_norm_legit_no_training.default, aten.batch_norm.default)
 _TRAINING_ONLY = frozenset({"train", "training", "p", "dropout", "dropout_p"})  # arguments: random only when all are on
 _REMEDY_EVAL = "call model.eval() before exporting or compiling; a functional call needs training=self.training"
 # Checks that torch.export leaves in the graph; the compiled model checks its own inputs.
@@ -105,6 +106,7 @@ def _program(exported: ExportedProgram, dynamic_shapes: Any) -> Program:
     graph_module = _unlift(exported)
     for node in graph_module.graph.nodes:
         _check_node(node)
+        _check_variance(graph_module, node)
     specs = input_specs(exported, graph_module, dynamic_shapes)
     structure = output_structure(exported)
     given = _holds_qdq(graph_module.graph)
@@ -185,17 +187,39 @@ def _check_node(node: fx.Node) -> None:
 
 def _check_random(node: fx.Node, here: dict[str, Any]) -> None:
     """Refuse an operator that draws random numbers, unless its arguments say that here it does not."""
+    switches = [value for name, value in _arguments(node).items() if name in _TRAINING_ONLY]
     operator: Any = node.target
-    given = {
-        argument.name: node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        for i, argument in enumerate(operator._schema.arguments)
-    }
-    switches = [value for name, value in given.items() if name in _TRAINING_ONLY]
     name = operator._schema.name.removeprefix("aten::").removeprefix("native_")
     if not switches:
         raise CaptureError(f"{name} draws random numbers", remedy="make them an input of the model", **here)
     if all(value is None or value for value in switches):
         raise CaptureError(f"{name} in training mode", remedy=_REMEDY_EVAL, **here)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an ATen call by name, its defaults among them."""
+    operator: Any = node.target
+    return {
+        argument.name: node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        for i, argument in enumerate(operator._schema.arguments)
+    }
+
+
+def _check_variance(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Refuse a batch norm that would divide by zero or by the root of a negative number."""
+    if node.target not in _INFERENCE_NORMS:
+        return
+    given = _arguments(node)
+    if not (isinstance(given["running_var"], fx.Node) and is_constant(given["running_var"])):
+        return
+    least = float(constant(graph_module, given["running_var"]).min())
+    if least + given["eps"] <= 0:
+        raise CaptureError(
+            f"the running variance of the batch norm is {least:g}, and with eps it must be positive",
+            where=where(node) or "the model's own forward",
+            source=source(node),
+            remedy="load a checkpoint whose running_var is as training left it; the model itself cannot be right",
+        )
 
 
 def _unlift(exported: ExportedProgram) -> fx.GraphModule:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from qcompile.ir import MOMENTS, Program, add_constant, call_nodes, constant, is_constant, is_tensor, origin, shape_of
 from qcompile.ops.conv import argument
 from qcompile.ops.unary import clamp_bounds
+from qcompile.weights import by_channel
 
 aten = torch.ops.aten
 _LINEAR = aten.linear.default
@@ -176,7 +177,7 @@ def move(program: Program, link: Link, factors: Tensor) -> None:
     """Multiply what the maker makes by `factors` (channels), and divide the readers' columns by them."""
     for at in _places(link.maker):
         if argument(link.maker, at, None) is not None:
-            _replace(program, link.maker, at, lambda w: w * factors.reshape(-1, *[1] * (w.dim() - 1)))
+            _replace(program, link.maker, at, lambda w: w * by_channel(factors, w))
     if MOMENTS in link.maker.meta:
         link.maker.meta[MOMENTS] = link.maker.meta[MOMENTS].scaled(factors)
     for reader in link.readers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,31 +11,76 @@ from qcompile.artifact import TensorSpec
 from qcompile.errors import InputError
 
 
-def in_order(specs: Sequence[TensorSpec], inputs: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
-    """Positional and keyword inputs in the order of `specs`; lists and tuples are taken apart.
+class Placed(Protocol):
+    """Where an input comes from: the argument `name`, or a path of an argument, then keys and positions in it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> tuple[str | int, ...]: ...
+
+
+def in_order(specs: Sequence[Placed], inputs: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
+    """The inputs `specs` of a call: its arguments nest as the model's do, or are the inputs in order.
 
     Raises:
-        InputError: a keyword is no input of the model, or is given twice.
+        InputError: a keyword is no argument of the model, or is given twice; an argument nests in another way.
     """
     for value in inputs:  # not any(...), which costs as much as all other checks
-        if isinstance(value, (list, tuple)):
-            inputs = list(_leaves(inputs))
+        if isinstance(value, (list, tuple, dict)):
+            leaves = list(_leaves(inputs, (list, tuple)))
+            if any(isinstance(leaf, dict) for leaf in leaves) or (named and any(spec.path for spec in specs)):
+                return by_path(specs, inputs, named)
+            inputs = leaves
             break
-    if not named:
-        return inputs
-    wanted = [spec.name for spec in specs[len(inputs) :]]
-    if set(named) != set(wanted):
+    return by_path(specs, inputs, named) if named else inputs
+
+
+def arguments(specs: Sequence[Placed]) -> list[str]:
+    """The model's arguments in which the inputs `specs` are, in order."""
+    return list(dict.fromkeys(str(spec.path[0]) if spec.path else spec.name for spec in specs))
+
+
+def by_path(specs: Sequence[Placed], inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+    """The inputs `specs`, each at its path in the arguments. Raises InputError as `in_order` does."""
+    paths = [spec.path or (spec.name,) for spec in specs]
+    names = arguments(specs)
+    wanted = names[len(inputs) :]
+    if set(named) != set(wanted) or len(inputs) > len(names):
         raise InputError(
-            f"the keyword inputs are {', '.join(named)}, and the model takes {', '.join(wanted) or 'no more'}",
+            f"the keyword inputs are {', '.join(named) or 'none'}, and the model takes "
+            f"{', '.join(wanted) or 'no more'} behind the {len(inputs)} by position",
             remedy="give every input once, by position or by its name",
         )
-    return [*inputs, *(named[name] for name in wanted)]
+    values: dict[str, Any] = dict(zip(names, inputs, strict=False)) | dict(named)
+    found = []
+    for spec, path in zip(specs, paths, strict=True):
+        value: Any = values
+        try:
+            for key in path:
+                value = getattr(value, key) if isinstance(key, str) and isinstance(value, tuple) else value[key]
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the input {path[0]} holds nothing at {' '.join(map(repr, path[1:]))}",
+                where=f"input {spec.name}",
+                remedy="give inputs that nest as those which the model was compiled with",
+            ) from error
+        found.append(value)
+    held = sum(hasattr(leaf, "shape") for leaf in _leaves(values.values(), (list, tuple, dict)))
+    if held > len(specs):
+        raise InputError(
+            f"the inputs hold {held} arrays, and the model takes {len(specs)}: {', '.join(s.name for s in specs)}",
+            remedy="give inputs that nest as those which the model was compiled with",
+        )
+    return found
 
 
-def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+def _leaves(values: Iterable[Any], containers: tuple[type, ...]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _leaves(value)
+        if isinstance(value, containers):
+            inner: Any = value.values() if isinstance(value, dict) else value
+            yield from _leaves(inner, containers)
         else:
             yield value
 

@@ -264,7 +264,7 @@ def run(
     """Run a compiled model on the inputs of a file."""
     loaded = load(model, threads=threads)
     given = read_arrays(input, InputError)
-    results = loaded.flat(*in_order(given, [spec.name for spec in loaded.inputs]))
+    results = loaded.flat(*in_order(given, [spec.name for spec in loaded.inputs], input))
     arrays: dict[str, Any] = {spec.name: array for spec, array in zip(loaded.outputs, results, strict=True)}
     np.savez(output, **arrays)
     for name, array in arrays.items():

@@ -24,7 +24,7 @@ from qcompile.choices import Choices
 from qcompile.config import QuantConfig
 from qcompile.device import lacks
 from qcompile.errors import DeviceError, StrictError
-from qcompile.executable import OWNER
+from qcompile.executable import OWNER, check_threads
 from qcompile.ir import Program, shape_of
 from qcompile.manager import PassRecord
 from qcompile.metrics import Agreement, Checked, Metric
@@ -181,6 +181,7 @@ def compile(
         QcompileError: every mistake has its subclass, see `qcompile.errors`.
     """
     where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
+    check_threads(threads)
     metrics.check(max_accuracy_drop, metric, evaluation, strict)
     if max_accuracy_drop is not None or numerics != "int8":
         numbers.refuse_int8(model, "numerics" if max_accuracy_drop is None else "max_accuracy_drop")
@@ -260,7 +261,9 @@ def pass_rows(records: Sequence[PassRecord]) -> tuple[PassRow, ...]:
 def input_specs(program: Program) -> tuple[TensorSpec, ...]:
     """The flat inputs, with the scale and zero point of those that the network quantizes."""
     pairs = zip(program.inputs, program.placeholders(), strict=True)
-    return tuple(TensorSpec(spec.name, spec.shape, spec.dtype, *quantization_of(node)) for spec, node in pairs)
+    return tuple(
+        TensorSpec(spec.name, spec.shape, spec.dtype, *quantization_of(node), spec.path) for spec, node in pairs
+    )
 
 
 def quantization_of(node: fx.Node) -> tuple[float | None, int | None]:

@@ -19,8 +19,10 @@ import io
 import json
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import ArtifactError
@@ -28,9 +30,10 @@ from qcompile.errors import ArtifactError
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
-FORMAT = 1
+FORMAT = 2
 ALIGNMENT = 64
 MANIFEST = "manifest.json"
+_PART = ".part"  # how the name of a temporary file ends
 _COMMENT = b"qcompile-qcm %04d sha256 %s"
 _DIGEST_BYTES = 64
 _COMMENT_BYTES = len(_COMMENT % (FORMAT, b"0" * _DIGEST_BYTES))
@@ -91,29 +94,52 @@ def _outside(whole: Buffer, spans: list[tuple[int, int]]) -> bytes:
 def write_atomically(path: str, data: Buffer) -> None:
     """Write so that `path` holds either what it held before or all of `data`, whatever happens.
 
-    A temporary file beside it is written, flushed to the disk, then put in its place in one step.
+    A temporary file beside it is written, flushed to the disk, then put in its place in one step. A symbolic
+    link stays one: what it leads to is written. What killed calls for the same path left is removed.
     """
+    from fcntl import LOCK_EX, flock
     from tempfile import mkstemp
 
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = mkstemp(prefix=f".{name}.", suffix=".part", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    path = os.path.realpath(path)
+    folder, name = os.path.split(path)
+    _remove_abandoned(folder, name)
+    handle, temporary = mkstemp(prefix=f".{name}.", suffix=_PART, dir=folder)
+    with os.fdopen(handle, "wb") as file:
+        try:
+            with suppress(OSError):  # where the file system has no locks, nothing is taken for abandoned
+                flock(file, LOCK_EX)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a saved file is like any other
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a saved file is like any other
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)  # the new name survives a power cut too
     finally:
         os.close(directory)
+
+
+def _remove_abandoned(folder: str, name: str) -> None:
+    """Remove the temporary files for `name` whose writers are gone: nobody holds their lock.
+
+    A writer takes it before its first byte, so an empty file may be about to be locked.
+    """
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    for entry in os.listdir(folder):
+        if not re.fullmatch(rf"\.{re.escape(name)}\.\w+\{_PART}", entry):
+            continue
+        part = os.path.join(folder, entry)
+        with suppress(OSError), open(part, "rb") as file:  # it may be held, gone, or another user's
+            flock(file, LOCK_EX | LOCK_NB)
+            if os.fstat(file.fileno()).st_size:
+                os.unlink(part)
 
 
 def map_file(path: str) -> memoryview:

@@ -75,6 +75,16 @@ OWNER = Owner()
 os.register_at_fork(after_in_child=OWNER.after_fork)
 
 
+def check_threads(count: Any) -> None:
+    """Refuse a number of threads that is none.
+
+    Raises:
+        ConfigError: `count` is neither a whole number from 1 on nor None.
+    """
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise ConfigError(f"threads is {count!r}", where="threads", remedy="give 1 or more, or None for all cores")
+
+
 def set_threads(count: int | None) -> None:
     """How many threads the calling thread's next kernels use; None: all of the pool.
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.weights import by_channel
+
 
 def learned_scale(calibrated: Tensor, log_ratio: Tensor) -> Tensor:
     """calibrated * exp(log_ratio); equal to `calibrated`, to the bit, where the ratio is 1."""
@@ -39,7 +41,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
 def fake_quantize_weight(weight: Tensor, scale: Tensor, most: int) -> Tensor:
     """A weight on its grid of integers up to `most`: one scale for each index of dimension 0."""
     lo, hi = scale.new_tensor(-most), scale.new_tensor(most)
-    scale = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    scale = by_channel(scale, weight)
     return _FakeQuantize.apply(weight, scale, lo, hi, weight[0].numel() if len(weight) else 1)
 
 

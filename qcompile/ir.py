@@ -70,6 +70,7 @@ class InputSpec:
     name: str
     shape: tuple[int | tuple[str, int, int], ...]
     dtype: str  # "float32", "int64", ... as NumPy names them
+    path: tuple[str | int, ...] = ()  # to it inside of the model's arguments, where it is not `name` itself
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from qcompile.choices import Choice, Choices
 from qcompile.costs import Costs, Timed, estimated, every_second, measured
 from qcompile.device import lacks
 from qcompile.errors import AccuracyWarning, ConfigError
-from qcompile.inputs import flatten
+from qcompile.inputs import arrange
 from qcompile.ir import where
 from qcompile.metrics import Checked
 from qcompile.ops.real import BFLOAT16, FLOAT32
@@ -122,9 +122,8 @@ class _Search:
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         """The float model as it was captured; its first inputs are kept."""
         if len(self.seen) < _SAMPLES:
-            flat = flatten((args, kwargs), [spec.name for spec in self.stages.captured.inputs])
-            if flat is not None and all(isinstance(x, Tensor) for x in flat):
-                self.seen.append([x.detach().clone() for x in flat])
+            flat = arrange(args, kwargs, self.stages.captured.inputs)
+            self.seen.append([x.detach().clone() for x in flat])
         return call(self.stages.captured, self.stages.captured, args, kwargs)
 
     def _simulated(self, left: Left) -> float:

@@ -26,6 +26,7 @@ from qcompile.observers import TINY
 from qcompile.passes.base import Pass
 from qcompile.qdq import DEQUANTIZE, QUANTIZE, WEIGHT
 from qcompile.traininggraph import to_training
+from qcompile.weights import by_channel
 
 _TO_GRID = (fake_quantize, same_scale)
 _LARGEST_SCALE = 1e30  # the product of two must stay within float32
@@ -68,7 +69,7 @@ class QatModel(nn.Module):
             InputError: an input is missing, is no tensor, or has another shape than the model takes.
         """
         specs = self._program.inputs
-        flat = arrange(args, kwargs, [spec.name for spec in specs])
+        flat = arrange(args, kwargs, specs)
         for spec, value in zip(specs, flat, strict=True):
             _check_shape(spec, value)
         run = fx.Interpreter(self, graph=self._graph)
@@ -175,7 +176,7 @@ class _Freezer:
     def weight(self, node: fx.Node) -> fx.Node:
         weight, scale_node, most = node.args
         name, value, scale = str(weight.target), self.tensor(weight), self.scale(scale_node)  # type: ignore[union-attr, arg-type]
-        q = integers(value, scale.reshape(-1, *[1] * (value.dim() - 1)), -most, most).to(torch.int8)  # type: ignore[operator]
+        q = integers(value, by_channel(scale, value), -most, most).to(torch.int8)  # type: ignore[operator]
         constants = {"q": q, "scale": scale, "zero_point": torch.zeros(len(q), dtype=torch.int64)}
         nodes = [add_constant(self.graph_module, f"{name}_{leaf}", value) for leaf, value in constants.items()]
         return copy_meta(self.graph.call_function(WEIGHT, (*nodes, 0, -most, most, torch.int8)), node)  # type: ignore[operator]

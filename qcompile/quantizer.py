@@ -16,7 +16,7 @@ from qcompile.batches import Batches
 from qcompile.capture import capture
 from qcompile.config import QuantConfig
 from qcompile.errors import CalibrationError, ConfigError, PipelineError, TargetError
-from qcompile.inputs import arrange, is_empty, unflatten
+from qcompile.inputs import arrange, check_first_batch, is_empty, unflatten
 from qcompile.ir import LedgerRow, Program, Property, Stage, source
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
 from qcompile.passes import Context, Pipeline, default_pipeline, qdq_pipeline
@@ -64,7 +64,7 @@ class QuantizedModel:
         """The outputs for positional or keyword inputs, nested as the model nests them.
 
         Raises:
-            InputError: an input is missing or is no tensor.
+            InputError: an input is missing, is no tensor, or is none of the model's.
         """
         return call(self.program, self.program, args, kwargs)
 
@@ -73,9 +73,9 @@ def call(program: Program, run: Callable[..., Sequence[Tensor]], args: Any, kwar
     """`run`, which takes and returns the flat tensors of `program`, on inputs as the model takes them.
 
     Raises:
-        InputError: an input is missing or is no tensor.
+        InputError: an input is missing, is no tensor, or is none of the model's.
     """
-    flat = arrange(args, kwargs, [spec.name for spec in program.inputs])
+    flat = arrange(args, kwargs, program.inputs)
     return unflatten(program.output_structure, run(*flat))
 
 
@@ -101,7 +101,8 @@ def quantize(
         example_inputs: a tensor, a tuple or a dict (keyword inputs). Without them, the first batch
             of `calibration` is used.
         calibration: an iterable of inputs, each as `example_inputs`; read once, batch by batch. A
-            batch may hold more than the model takes (labels), and may be a multiple of a static batch size.
+            batch may be a multiple of a static batch size. What it holds beyond the inputs (labels) is left out, with
+            a warning; an input that the model can do without is given by name, or in `example_inputs`.
             Not needed, with `example_inputs`, where the config gives no layer static activations.
         dynamic_shapes: as torch.export takes it.
         config: how to quantize.
@@ -172,6 +173,8 @@ def prepared(
     batches = None if calibration is None else Batches(calibration)
     if batches is not None and not has_example:
         example_inputs = batches.first()
+        if isinstance(model, nn.Module):
+            check_first_batch(model, example_inputs)
     program = capture(model, example_inputs, dynamic_shapes)
     given = Property.GIVEN_QDQ in program.properties
     if given:

@@ -19,8 +19,8 @@ import numpy as np
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
-from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
-from qcompile.executable import OWNER, Executable, set_threads
+from qcompile.errors import ArtifactError, DeviceError, InputError, QcompileError
+from qcompile.executable import OWNER, Executable, check_threads, set_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,10 +71,7 @@ class Model:
             DeviceError: no variant fits this machine; it is checked before any code is loaded.
             ConfigError: `threads` is not a positive number, or more than there are.
         """
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ConfigError(
-                f"threads is {threads!r}", where="threads", remedy="give 1 or more, or None for all cores"
-            )
+        check_threads(threads)
         self.artifact, self._threads = artifact, threads
         self._variant = best_variant(artifact)
         if threads is not None:  # else the first call makes the pool: a process may fork before it
@@ -106,8 +103,8 @@ class Model:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the model: NumPy arrays in and out, or torch tensors in and out.
 
-        Inputs are given by position or by name. Outputs nest as the model's own do, and are the
-        caller's to keep and to change.
+        Inputs are given by position or by name and nest as the model's own do, or are all given flat, in the order
+        of `inputs`. Outputs nest as the model's own do, and are the caller's to keep and to change.
 
         Raises:
             InputError: count, shape or dtype do not fit. (Values may be anything, NaN included.)
@@ -156,6 +153,13 @@ class Model:
             self(*inputs)
             times.append(time.perf_counter() - start)
         return Timing(len(times), float(np.median(times)), min(times), max(times))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArtifactError(
+            "a compiled model is saved as an artifact; it cannot be pickled or copied",
+            where=f"pickle, copy or torch.save of a {type(self).__name__}",
+            remedy="model.save(path), and qcompile.load(path) where it is needed: in each process, for each copy",
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the artifact; see `Artifact.save`."""

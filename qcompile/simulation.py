@@ -21,6 +21,7 @@ from qcompile.ops.row import Output
 from qcompile.passes.insert_observers import refusal
 from qcompile.sites import Group, plan
 from qcompile.stages import Stages
+from qcompile.weights import by_channel
 
 qd = torch.ops.quantized_decomposed
 Values = dict[fx.Node, Any]
@@ -178,7 +179,7 @@ def _weights(program: Program, node: fx.Node, weight_arg: int, bias_arg: int | N
     """Argument positions of a layer in the qdq graph -> the weights and the bias that it computes with."""
     dequantize: Any = node.args[weight_arg]
     q, scale = (constant(program.graph_module, n).float() for n in dequantize.args[:2])
-    found: dict[int, Tensor | None] = {weight_arg: q * scale.reshape(-1, *[1] * (q.dim() - 1))}
+    found: dict[int, Tensor | None] = {weight_arg: q * by_channel(scale, q)}
     if bias_arg is not None and len(node.args) > bias_arg:
         bias: Any = node.args[bias_arg]
         found[bias_arg] = None if bias is None else constant(program.graph_module, bias)

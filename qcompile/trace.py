@@ -14,7 +14,7 @@ _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 _STANDARD = sysconfig.get_path("stdlib")
 _DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "Could not guard on", "Could not extract specialized")
-_CONSTRAINT = ("Constraints violated", "ConstraintViolation", "dynamic_shapes")
+_CONSTRAINT = ("Constraints violated", "ConstraintViolation", "dynamic_shapes", "ValueRangeError")
 
 
 def user_line(error: BaseException) -> str | None:

@@ -27,6 +27,7 @@ from qcompile.ir import ORIGIN, Origin, Program, constant, copy_meta
 from qcompile.ops.row import Output
 from qcompile.qdq import Lifted, is_dequantize, is_quantize, lift_weights, params
 from qcompile.sites import Group, place, read
+from qcompile.weights import by_channel
 
 _NEAR_HALF = 0.49  # how far from its integer a weight may begin, in steps
 
@@ -166,7 +167,7 @@ class _Builder:
 
 def _begin(q: Tensor, scale: Tensor, known: Tensor | None, most: int) -> Tensor:
     """The float weight that training begins with: the known one, moved where needed so that it rounds to `q`."""
-    step = scale.reshape(-1, *[1] * (q.dim() - 1))
+    step = by_channel(scale, q)
     if known is None:
         return q * step
     near = (known / step).clamp(q - _NEAR_HALF, q + _NEAR_HALF) * step

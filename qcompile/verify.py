@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import ops
-from qcompile.arith import QMAX, QMIN
-from qcompile.ir import Program, Stage, is_constant
+from qcompile.arith import INT32_MAX, QMAX, QMIN, largest_accumulator
+from qcompile.ir import Program, Stage, constant, is_constant
 from qcompile.observers import Observer
 from qcompile.qdq import NAMESPACE, is_dequantize
 
@@ -42,7 +42,7 @@ _STAGED = frozenset().union(*(legal.namespaces for legal in LEGAL.values()))
 _POSITIVE = ("scale", "inv_scale", "ratio")  # arguments of operators that quantize: numbers with a reciprocal
 _ZERO_POINTS = {torch.uint8: (0, 255)}  # by the type of a node's values or operand; int8's otherwise
 
-Interface = tuple[tuple[torch.dtype, int], ...]
+Interface = tuple[tuple[torch.dtype, tuple[int | None, ...]], ...]
 
 
 class IllegalGraph(Exception):
@@ -54,9 +54,13 @@ class IllegalGraph(Exception):
 
 
 def interface(program: Program) -> Interface:
-    """Type and rank of each output: what no pass may change."""
+    """Type and shape of each output, None for a dynamic size: what no pass may change."""
     values = [n.meta["val"] for n in program.outputs()]
-    return tuple((v.dtype, v.dim()) for v in values if isinstance(v, Tensor))
+    return tuple(
+        (v.dtype, tuple(size if isinstance(size, int) else None for size in v.shape))
+        for v in values
+        if isinstance(v, Tensor)
+    )
 
 
 def verify(program: Program) -> None:
@@ -92,14 +96,13 @@ def _objection(program: Program, node: fx.Node, legal: Legal) -> str | None:
     if node.target.namespace in _STAGED - legal.namespaces:
         return f"{node.target} belongs to another stage"
     if node.target.namespace in legal.namespaces:
-        return _bad_quantization(node)
+        return _bad_quantization(node) or _bad_weights(program, node)
     return _mixes_int8(node) if program.stage is Stage.INTEGER else None
 
 
 def _bad_quantization(node: fx.Node) -> str | None:
     """Scales are positive and finite, zero points are integers of the type, and dequantize undoes its quantize."""
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+    given = _given(node)
     low, high = _ZERO_POINTS.get(given.get("dtype"), (QMIN, QMAX))  # type: ignore[arg-type]
     for name, value in given.items():
         if name in _POSITIVE and isinstance(value, (int, float)) and not 0 < value < math.inf:
@@ -109,6 +112,31 @@ def _bad_quantization(node: fx.Node) -> str | None:
     if is_dequantize(node) and node.args[1:] != (before := node.args[0].args[1:]):  # type: ignore[union-attr]
         return f"it takes {node.args[1:]}, and the quantize in front of it {before}"
     return None
+
+
+def _bad_weights(program: Program, node: fx.Node) -> str | None:
+    """Weights are from -127 to 127, and no int8 input takes their sum of products and the bias out of int32."""
+    given = _given(node)
+    weight, bias = (_constant(program, given.get(name)) for name in ("weight", "bias"))
+    if weight is None or bias is None or weight.dtype is not torch.int8:
+        return None
+    if bool((weight < -QMAX).any()):
+        return f"weight holds {QMIN}, and must be from {-QMAX} to {QMAX}"
+    if "group_size" in given:  # its sums are float
+        return None
+    summed = bias if bias.dtype is torch.int32 else torch.zeros(len(weight))  # a float bias joins behind the sum
+    largest = largest_accumulator(weight, summed, given.get("x_zero_point", 0))
+    return f"an int32 accumulator could reach {largest}, more than {INT32_MAX}" if largest > INT32_MAX else None
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name, without those left to their defaults."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    return {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
+
+
+def _constant(program: Program, node: Any) -> Tensor | None:
+    return constant(program.graph_module, node) if isinstance(node, fx.Node) and is_constant(node) else None
 
 
 def _is_scalar_code(node: fx.Node) -> bool:

@@ -49,6 +49,11 @@ def _positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 2.0**-100, scale, 1.0)
 
 
+def by_channel(values: Tensor, weight: Tensor) -> Tensor:
+    """`values`, one for each output channel (dimension 0) of `weight`, in a shape that multiplies it."""
+    return values.reshape(-1, *[1] * (weight.dim() - 1))
+
+
 def nearest(rows: Tensor, scale: Tensor, most: int) -> Tensor:
     """The integers up to `most` that are nearest to `rows` (..., taps) at `scale` (...), one for each row."""
     return torch.div(rows, scale[..., None]).round_().clamp_(-most, most)

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from qcompile.device import cores, lacks, processor
 from qcompile.errors import BuildError, ConfigError, DeviceError
+from qcompile.executable import check_threads
 from qcompile.ir import Program, source, where
 from qcompile.targets.base import Target
 from qcompile.targets.build import linker
@@ -109,11 +110,13 @@ def tune(
         report: called with what became of each kernel.
 
     Raises:
-        ConfigError: a package that tuning needs is not installed, or the file is no tuning database.
+        ConfigError: a package that tuning needs is not installed, the file is no tuning database, or `threads` is no
+            number of threads.
         DeviceError: this machine cannot run code for `target`, and no device was given; or no tracker answers, or
             code for `target` cannot run on a device.
         BuildError: a layer cannot be lowered, or measured; or there is no linker.
     """
+    check_threads(threads)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"tuning needs {' and '.join(missing)}", remedy="pip install 'qcompile[tune]'")
     remote = Remote(*tuning.address) if tuning.address else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -253,6 +254,50 @@ old._replace(toolchain={"another": "1"}).save(sys.argv[1])
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2  # the part that was written is there, under another name
     assert _same(Artifact.load(path), ORIGINAL)
+    ORIGINAL.save(path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_next_save_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    for left in (".model.qcm.k1ll3d__.part", ".model.qcm.qcm.k1ll3d__.part", ".model.qcm.k1ll3d__.party"):
+        (tmp_path / left).write_bytes(RNG.bytes(100))
+    ORIGINAL.save(tmp_path / "model.qcm")
+    kept = {".model.qcm.qcm.k1ll3d__.part", ".model.qcm.k1ll3d__.party", "model.qcm"}  # the first is another file's
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert _same(Artifact.load(tmp_path / "model.qcm"), ORIGINAL)
+
+
+@pytest.mark.parametrize("place", [(fcntl, "flock"), (os, "chmod")], ids=["before its lock", "before its new name"])
+def test_saves_of_one_path_at_once_leave_each_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
+) -> None:
+    """A whole save happens while another one is at `place`."""
+    path, (module, name) = tmp_path / "model.qcm", place
+    original = getattr(module, name)
+
+    def save_another(*args: Any) -> None:
+        monkeypatch.undo()
+        _artifact(seed=1).save(path)
+        assert not _same(Artifact.load(path), ORIGINAL)
+        original(*args)
+
+    monkeypatch.setattr(module, name, save_another)
+    ORIGINAL.save(path)
+    assert getattr(module, name) is original
+    assert _same(Artifact.load(path), ORIGINAL)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.qcm"]
+
+
+def test_saving_to_a_symbolic_link_writes_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    target, link = tmp_path / "store" / "v1.qcm", tmp_path / "model.qcm"
+    link.symlink_to(target)
+    for artifact in (ORIGINAL, _artifact(seed=1)):  # a target that is not there yet, and one that is
+        artifact.save(link)
+        assert link.is_symlink()
+        assert not target.is_symlink()
+        assert _same(Artifact.load(target), artifact)
+    assert [path.name for path in target.parent.iterdir()] == ["v1.qcm"]
 
 
 def test_saving_over_a_loaded_artifact_keeps_the_loaded_one_whole(tmp_path: Path) -> None:

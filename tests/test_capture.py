@@ -143,6 +143,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: spoiled(nn.BatchNorm1d(4).eval(), "running_var", torch.nan),
         "'running_var' holds NaN or infinity",
     ),
+    "a negative variance": (
+        lambda: spoiled(nn.BatchNorm1d(4).eval(), "running_var", -0.5),
+        "the running variance of the batch norm is -0.5",
+    ),
     "half precision": (lambda: Widened(torch.float16), "'weight' is torch.float16"),
     "double precision": (lambda: Widened(torch.float64), "'weight' is torch.float64"),
 }
@@ -173,6 +177,11 @@ def test_a_layer_that_cannot_be_compiled_is_named_by_its_path(case: str) -> None
     assert isinstance(error, CaptureError)
     assert message in error.what
     assert error.where == "body.0"
+
+
+def test_a_variance_that_eps_makes_positive_is_captured() -> None:
+    quantized = qcompile.quantize(spoiled(nn.BatchNorm1d(4).eval(), "running_var", -1e-6), calibration=[X])
+    assert torch.isfinite(quantized(X)).all()
 
 
 @pytest.mark.parametrize(
@@ -223,6 +232,37 @@ def test_dynamic_shapes_that_do_not_fit_pass_on_what_torch_says() -> None:
     error = refusal(nn.Linear(4, 3).eval(), dynamic_shapes=({1: torch.export.Dim("features")},))
     assert "the dynamic shapes do not fit the model" in error.what
     assert "features = 4" in error.what
+
+
+BATCH = torch.export.Dim("batch", max=8)
+
+
+@pytest.mark.parametrize("axis", [2, 5, -1, "0"], ids=repr)
+def test_a_dynamic_axis_that_an_input_has_not_is_named_with_the_input(axis: Any) -> None:
+    for shapes in (({axis: BATCH},), {"input": {axis: BATCH}}):
+        error = refusal(nn.Linear(4, 3).eval(), dynamic_shapes=shapes)
+        assert isinstance(error, CaptureError)
+        assert error.what == f"dynamic_shapes names the axis {axis!r} of the input 'input' of shape (2, 4)"
+        assert error.remedy == "name its axes by the numbers 0 to 1"
+
+
+def test_a_dynamic_axis_of_a_nested_input_is_named_too() -> None:
+    class Sum(nn.Module):
+        def forward(self, pair: dict[str, list[Tensor]]) -> Tensor:
+            return pair["of"][0] + pair["of"][1]
+
+    nested = {"pair": {"of": [{0: BATCH}, {3: BATCH}]}}
+    error = refusal(Sum(), [({"of": [X, X]},)], dynamic_shapes=nested)
+    assert "the axis 3 of the input 'pair.of.1'" in error.what
+
+
+def test_dynamic_shapes_of_no_known_form_are_refused() -> None:
+    assert refusal(nn.Linear(4, 3).eval(), dynamic_shapes=3).what == "dynamic_shapes is a int"
+
+
+def test_bounds_that_no_size_meets_are_about_the_dynamic_shapes() -> None:
+    error = refusal(nn.Linear(4, 3).eval(), dynamic_shapes=({0: torch.export.Dim("batch", max=1)},))
+    assert "the dynamic shapes do not fit the model" in error.what
 
 
 def test_weights_without_values_are_refused() -> None:

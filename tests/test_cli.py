@@ -46,6 +46,19 @@ def test_run_takes_arrays_and_leaves_arrays(model: Path, tmp_path: Path, name: s
         np.testing.assert_array_equal(outputs["y"], tiny.expected(x))
 
 
+def test_an_array_that_is_no_input_is_refused(model: Path, exported: Path, tmp_path: Path) -> None:
+    """Wherever it stands in the file, and whatever the others are called."""
+    np.savez(tmp_path / "more.npz", labels=np.arange(5), x=tiny.random_input(5))
+    result = qcompile("run", model, "--input", tmp_path / "more.npz", "--output", tmp_path / "out.npz")
+    assert result.exit_code == 1
+    assert "the file holds labels, x, and the model takes x" in result.output
+    images = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", input=images, labels=np.arange(5))
+    result = qcompile("compile", exported, "--calibration", tmp_path / "images.npz", "-o", tmp_path / "net.qcm")
+    assert result.exit_code == 1
+    assert "the file holds input, labels, and the model takes input" in result.output
+
+
 def test_inspect_shows_everything(model: Path) -> None:
     result = qcompile("inspect", model)
     assert result.exit_code == 0, result.output
@@ -292,6 +305,7 @@ def test_layers_of_another_network_are_not_shown(exported: Path, evaluated: tupl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ((), "the file holds images, labels, and the model takes input"),
         (("--labels", "classes"), "there is no array 'classes'"),
         (("--labels", "labels", "--preset", "best"), "without the calibration data"),
         (("--labels", "labels", "--html", "nowhere/report.html"), "the report cannot be written"),

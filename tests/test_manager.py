@@ -166,6 +166,10 @@ BREAKS: dict[str, tuple[Callable[[Program], Any], str]] = {
     ),
     "a module": (calls_a_module, r"illegal graph: a call of module identity(.|\n)*node identity"),
     "another type": (lambda p: add_to_output(p, aten.argmax.default, 1, True), "the outputs were"),
+    "another size": (
+        lambda p: add_to_output(p, aten.max_pool2d.default, [2, 2]),
+        r"the outputs were \(\(torch.float32, \(1, 4, 6, 6\)\),\) and are now \(\(torch.float32, \(1, 4, 3, 3\)\),\)",
+    ),
     "another rank": (lambda p: add_to_output(p, aten.flatten.using_ints, 1), "the outputs were"),
     "another input": (adds_an_input, "the graph has 2 inputs, not 1"),
 }
@@ -252,6 +256,14 @@ def test_a_rule_that_raises_names_the_node_the_module_and_the_line() -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def test_a_pass_may_not_fix_a_dynamic_size() -> None:
+    batch = ({0: torch.export.Dim("batch", max=8)},)
+    program = capture(randomize(Block()), (randn(2, 4, 6, 6),), batch)
+    step = Step(action=lambda p: add_to_output(p, aten.slice.Tensor, 0, 0, 1))
+    with pytest.raises(PassError, match=r"\(None, 4, 6, 6\)(.*) and are now (.*)\(1, 4, 6, 6\)"):
+        PassManager((step,)).run(program, Context())
+
+
 def test_an_error_that_already_says_where_stays_as_it_is() -> None:
     error = CalibrationError("a batch is wrong", where="calibration batch 3")
 
@@ -279,10 +291,15 @@ def test_dead_nodes_and_unused_constants_are_dropped() -> None:
 
 
 def test_shapes_are_recomputed() -> None:
-    """The pass gives its node no shape, and changes the one of the output."""
-    program = run_step(lambda p: add_to_output(p, aten.max_pool2d.default, [2, 2]))
-    assert tuple(program.outputs()[0].meta["val"].shape) == (1, 4, 3, 3)
-    assert interface(program) == ((torch.float32, 4),)
+    """The pass gives its nodes no shape, and one has another than the last one before."""
+    program = run_step(
+        lambda p: (
+            add_to_output(p, aten.constant_pad_nd.default, [1, 1]) and add_to_output(p, aten.slice.Tensor, 3, 1, 7)
+        )
+    )
+    (last,) = program.outputs()
+    assert tuple(last.args[0].meta["val"].shape) == (1, 4, 6, 8)  # type: ignore[union-attr]
+    assert interface(program) == ((torch.float32, (1, 4, 6, 6)),)
 
 
 def test_the_records_say_what_each_pass_did() -> None:

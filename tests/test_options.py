@@ -180,3 +180,9 @@ def test_an_average_that_int32_cannot_sum_stays_float() -> None:
     compiled = qcompile.compile(model, calibration=[x])
     assert "could leave int32" in floats(compiled)["avg_pool2d"]
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("target", ["native", "arm64-neon"])
+def test_a_number_of_threads_that_is_none_is_refused_before_anything_runs(target: str) -> None:
+    with pytest.raises(ConfigError, match="threads is '2'"):
+        qcompile.compile(network(), target, calibration=images(1), threads="2")  # type: ignore[arg-type]

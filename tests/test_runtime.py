@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import torch
 
 from qcompile import device, runtime
 from qcompile.artifact import Artifact
-from qcompile.errors import ConfigError, DeviceError, InputError
+from qcompile.errors import ArtifactError, ConfigError, DeviceError, InputError
 from qcompile.runtime import Model, load
 
 pytestmark = pytest.mark.skipif(device.machine()[0] != "x86_64", reason="the tiny model is built for x86-64")
@@ -161,7 +164,7 @@ def test_threads_can_differ_between_models_of_one_process(artifact: Artifact) ->
     code = """
 import sys
 from qcompile import ffi
-from qcompile.errors import ConfigError
+from qcompile.errors import ArtifactError, ConfigError
 from qcompile.runtime import load
 one, two, every = (load(sys.argv[1], threads=n) for n in (1, 2, None))
 for model, count in ((one, 1), (two, 2), (every, 2), (one, 1), (every, 2)):
@@ -178,9 +181,16 @@ assert one.selftest().passed and ffi.call(ffi.function("runtime.NumThreads")) ==
     _python(artifact, code, {"TVM_NUM_THREADS": "2"})
 
 
-def test_zero_threads_are_refused(artifact: Artifact) -> None:
-    with pytest.raises(ConfigError, match="threads is 0"):
-        Model(artifact, threads=0)
+@pytest.mark.parametrize("threads", [0, "2", 1.5, True], ids=repr)
+def test_a_number_of_threads_that_is_none_is_refused(artifact: Artifact, threads: Any) -> None:
+    with pytest.raises(ConfigError, match=f"threads is {threads!r}"):
+        Model(artifact, threads=threads)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_model_that_is_pickled_or_copied_says_what_to_do(model: Model, copied: Callable[[Model], Any]) -> None:
+    with pytest.raises(ArtifactError, match=r"cannot be pickled or copied(.|\n)*save\(path\)(.|\n)*load\(path\)"):
+        copied(model)
 
 
 def test_calls_from_many_threads_give_the_same_answers(model: Model) -> None:

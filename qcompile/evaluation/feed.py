@@ -18,7 +18,7 @@ from qcompile.batches import Batches
 from qcompile.capture import check_eval
 from qcompile.checks import InputChecker
 from qcompile.errors import CalibrationError, InputError
-from qcompile.inputs import example_call, flatten
+from qcompile.inputs import example_call, flatten, surplus, warn_of_surplus
 from qcompile.passes.base import Progress
 
 
@@ -119,14 +119,22 @@ def _piece(batch: Any, model: nn.Module, specs: Sequence[TensorSpec], labels: bo
     except CalibrationError as error:
         raise InputError(error.what, where=place, remedy=error.remedy) from error
     positional, named = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu(), (positional, named))
-    names = [spec.name for spec in specs]
-    flat = flatten(named or positional, names)
+    flat = flatten(named or positional, specs)
+    names = ", ".join(spec.name for spec in specs)
     if flat is None or not all(isinstance(x, Tensor) for x in flat):
         raise InputError(
-            f"the batch does not hold the {len(names)} inputs of the model ({', '.join(names)}) as tensors",
+            f"the batch does not hold the {len(specs)} inputs of the model ({names}) as tensors",
             where=place,
             remedy="give each batch as for a call: a tensor, a tuple of tensors, or a dict by name",
         )
+    if more := surplus(named or positional, specs):
+        raise InputError(
+            f"the batch holds more than the inputs of the compiled model ({names}), and the float model would take "
+            f"it: {more}",
+            where=place,
+            remedy="give the inputs alone, or pairs of inputs and labels and labels=True",
+        )
+    warn_of_surplus(batch, specs)
     return Piece(place, positional, named, tuple(flat), wanted)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import qcompile
-from qcompile.errors import CaptureError, ConfigError, InputError, QcompileError
+from qcompile.errors import CalibrationWarning, CaptureError, ConfigError, InputError, QcompileError
 from qcompile.evaluation.timing import file_size, interleave
 
 
@@ -148,6 +148,24 @@ def test_labels_must_come_with_the_inputs_and_fit_the_batch(
     assert "no pair of inputs and labels" in str(refusal(compiled, model, images, labels=True))
     batch = (torch.cat(images), torch.zeros(5).long())
     assert "labels of shape (5,) for 12 samples" in str(refusal(compiled, model, [batch], labels=True))
+
+
+def test_labels_that_were_not_asked_for_are_left_out_with_a_warning(
+    compiled: qcompile.CompiledModel, model: nn.Module, images: list[Tensor], labelled: list[tuple[Tensor, Tensor]]
+) -> None:
+    plain = qcompile.evaluate(compiled, model, images, blocks=0)
+    with pytest.warns(CalibrationWarning, match=r"more than the model's inputs \(input\)(.|\n)*the last value"):
+        assert qcompile.evaluate(compiled, model, labelled, blocks=0).sqnr == plain.sqnr
+
+
+def test_a_label_is_no_input_of_the_float_model_alone(images: list[Tensor]) -> None:
+    class Shifts(nn.Module):
+        def forward(self, x: Tensor, by: Tensor | None = None) -> Tensor:
+            return torch.relu(x if by is None else x + by)
+
+    pairs = list(zip(images, images[::-1], strict=True))
+    compiled = qcompile.compile(Shifts(), calibration=images)
+    assert "the compiled model (x), and the float model would take it" in str(refusal(compiled, Shifts(), pairs))
 
 
 def test_data_that_does_not_fit_is_named(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qcompile.config import QuantConfig
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, CalibrationWarning
 from qcompile.ir import Program
 from qcompile.observers import Observer
 from qcompile.quantizer import quantize
@@ -68,7 +68,31 @@ def test_progress_counts_batches() -> None:
 
 def test_a_data_loader_may_yield_labels_too() -> None:
     loader = DataLoader(TensorDataset(randn(8, 3), torch.arange(8)), batch_size=2)
-    assert first_range(calibrated(loader))[1] == pytest.approx(float(randn(8, 3).max()), rel=0.02)
+    with pytest.warns(CalibrationWarning, match=r"more than the model's inputs \(input\); .* the last value"):
+        assert first_range(calibrated(loader))[1] == pytest.approx(float(randn(8, 3).max()), rel=0.02)
+
+
+class Shifts(nn.Module):
+    def forward(self, x: Tensor, by: Tensor | None = None) -> Tensor:
+        return torch.relu(x if by is None else x + by)
+
+
+def test_a_label_is_never_taken_for_an_optional_input() -> None:
+    """Nor the other way: who gives example inputs or names has said which it is."""
+    pair = [(randn(2, 3), randn(2, 3, seed=1))]
+    with pytest.raises(CalibrationError, match=r"2 values, and the model needs 1 and can take 2(.|\n)*example_inputs"):
+        quantize(Shifts(), calibration=pair)
+    with pytest.warns(CalibrationWarning, match=r"inputs \(x\)"):
+        assert len(quantize(Shifts(), calibration=pair, example_inputs=pair[0][0]).program.inputs) == 1
+    assert len(quantize(Shifts(), calibration=pair, example_inputs=pair[0]).program.inputs) == 2
+    assert len(quantize(Shifts(), calibration=[{"x": pair[0][0], "by": pair[0][1]}]).program.inputs) == 2
+    assert len(quantize(Shifts(), calibration=[pair[0][:1]]).program.inputs) == 1
+
+
+def test_what_is_no_input_is_named() -> None:
+    batch = {"label": torch.arange(2), "input": randn(2, 3), "weight": randn(2)}
+    with pytest.warns(CalibrationWarning, match="as labels: label, weight"):
+        calibrated([batch])
 
 
 def test_a_larger_batch_is_fed_in_pieces() -> None:

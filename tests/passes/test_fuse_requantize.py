@@ -67,6 +67,27 @@ def test_every_operator_is_in_the_ledger_once() -> None:
     assert "no integer operator" in next(r.reason for r in rows if r.kind == "float")
 
 
+class OnlyAlike(nn.Module):
+    """Operators that a rule declines: at the operator itself, and at one of its two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(x)
+        return y.mean(1), *nn.functional.max_pool2d(y, 2, return_indices=True), y.softmax(1)
+
+
+def test_an_operator_that_a_rule_declined_has_its_reason_in_the_ledger() -> None:
+    rows = quantize(randomize(OnlyAlike()), calibration=[randn(2, 3, 8, 8)]).coverage
+    assert {r.reason for r in rows if r.kind == "float"} == {
+        "no integer operator for aten.mean.dim: it averages dimensions (1,) of 4, which are not all of space",
+        "no integer operator for aten.max_pool2d_with_indices.default: its indices are used",
+        "no integer operator for aten.softmax.int",
+    }
+
+
 def test_an_excluded_convolution_stays_float_and_says_so() -> None:
     model, x = randomize(Block()), randn(1, 4, 6, 6)
     quantized = quantize(model, calibration=[x], config=QuantConfig(exclude=("second",)))

@@ -243,6 +243,13 @@ def test_a_target_of_another_machine_needs_a_device(model: nn.Module, tmp_path: 
     assert not (tmp_path / "tuned.sqlite").exists()
 
 
+def test_a_number_of_threads_that_is_none_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    program = quantize(model, calibration=images()).program
+    with pytest.raises(ConfigError, match="threads is 0"):
+        tune.tune(program, get("native"), Tuning(tmp_path / "tuned.sqlite"), threads=0)
+    assert not (tmp_path / "tuned.sqlite").exists()
+
+
 def test_a_tracker_that_does_not_answer_is_an_error(model: nn.Module, tmp_path: Path) -> None:
     tuning = Tuning(tmp_path / "tuned.sqlite", device="pi@127.0.0.1:9")
     with pytest.raises(DeviceError, match=r"no RPC tracker answers(.|\n)*127.0.0.1:9"):
