@@ -160,14 +160,14 @@ def test_inserted_and_overwritten_bytes_are_found(offset: int, data: bytes) -> N
 
 def test_a_newer_format_is_refused_by_its_number() -> None:
     newer = container.encode({"format": 7, "anything": "else"}, {"something": b"new"})
-    with pytest.raises(ArtifactError, match="format 7; this qcompile reads up to 1") as caught:
+    with pytest.raises(ArtifactError, match=f"format 7; this qcompile reads up to {container.FORMAT}") as caught:
         Artifact.from_bytes(newer)
     assert "upgrade qcompile" in str(caught.value)
 
 
 def test_a_manifest_that_is_not_ours_is_refused() -> None:
     with pytest.raises(ArtifactError, match="manifest is not as the format says"):
-        Artifact.from_bytes(container.encode({"format": 1, "inputs": [{"shape": [1]}]}, {}))
+        Artifact.from_bytes(container.encode({"format": container.FORMAT, "inputs": [{"shape": [1]}]}, {}))
 
 
 @pytest.mark.parametrize(
