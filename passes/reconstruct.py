@@ -4,12 +4,13 @@
 
 over the parameters of `qcompile.trainable`: what a layer's integers cannot make up for alone (a relu behind it, the
 rounding of what the next layer reads, the other branch of a residual sum), the layers of a block make up for together.
-Blocks come in graph order (see `qcompile.blocks`), each with the ones before it refined. The steps are those of Adam,
-with rates that fall to zero along a cosine.
+Blocks come in graph order (see `qcompile.blocks`). First each layer of a block gets the weights of `round_weights`,
+which must follow what the blocks before have become. Then come the steps of Adam, with rates that fall along a cosine.
 
-A quarter of the samples is held back. A block keeps, of the parameters after each epoch, those with the smallest error
-on these; and none at all, unless the error of the held-back samples falls by more than chance: on average by more than
-twice the standard error of that average. So few samples cannot make it worse by its own measure.
+A quarter of the samples is held back from these steps. A block keeps, of the parameters after each epoch, those with
+the smallest error on the samples held back; and it keeps none, but stays as least squares made it, unless that error
+has fallen by more than chance: on average by more than twice the standard error of the average. Least squares reads
+all samples, as a few weigh little there; so the comparison is, if anything, unfair to the refinement.
 
 Source: Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block Reconstruction" (2021), section 3.
 There the error of each output is weighted by its part in the training loss, weights are rounded by AdaRound's
@@ -46,6 +47,7 @@ class Reconstruct(Pass):
     Attributes:
         epochs: how often each block sees the samples.
         seed: of the order of the samples, and of which are held back.
+        decay: as of `RoundWeights`.
 
     Raises:
         ConfigError: epochs is not positive.
