@@ -10,6 +10,7 @@ bias is always E y - scale (q . E x); what is left is quadratic in q:
 
 Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (2020), sections 3 and 3.3 (the
 asymmetric target). Solved by greedy coordinate descent: Nair and Suggala, "CDQuant" (2024), section 3.
+The scale of each channel is the best of a few, judged by the same measure with weights rounded to nearest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ import torch
 from torch import Tensor
 
 from qcompile.twins import Layer
+from qcompile.weights import SMALLEST_RATIO, nearest, smallest_scale
+
+DECAY = 10.0  # suits 32 samples and more
+_RATIOS = 37
 
 
 @dataclass
@@ -90,3 +95,22 @@ class Problem:
             q.scatter_add_(2, at[:, :, None], change[:, :, None])
             slope += (change * scale)[:, :, None] * self.a[group, at]
         return q
+
+
+def solve(layer: Layer, decay: float) -> None:
+    """Give the layer the weights, scales and bias that solve its problem. `decay` as for `Problem.of`."""
+    problem = Problem.of(layer, decay)
+    rows = layer.original.double().flatten(1).unflatten(0, (layer.groups, -1))
+    widest = layer.scale.double().unflatten(0, (layer.groups, -1))
+    scale, lowest = widest, torch.full_like(widest, torch.inf)
+    largest = rows.abs().amax(2) / layer.most
+    least = torch.zeros_like(widest) if layer.bias is None else smallest_scale(layer.bias, layer.input_scale)
+    least = least.double().reshape(widest.shape)
+    for ratio in torch.linspace(1.0, SMALLEST_RATIO, _RATIOS, dtype=torch.float64):
+        tried = torch.where(largest > 0, torch.maximum(largest * ratio, least), widest).float().double()
+        loss = problem.loss(nearest(rows, tried, layer.most) * tried[:, :, None])
+        scale, lowest = torch.where(loss < lowest, tried, scale), torch.minimum(loss, lowest)
+    q = problem.descend(nearest(rows, scale, layer.most), scale, 2 * rows.shape[2])
+    layer.q.copy_(q.flatten(0, 1).reshape(layer.q.shape))
+    layer.scale.copy_(scale.flatten())
+    layer.set_bias(problem.bias(q * scale[:, :, None]).flatten())

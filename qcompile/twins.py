@@ -7,7 +7,7 @@ later layers make up for the errors of earlier ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ def set_bias(program: Program, layer: fx.Node, value: Tensor, originals: dict[st
 
 
 def layers(
-    program: Program, samples: list[list[Tensor]], originals: dict[str, Tensor], visit: Any
+    program: Program, samples: list[list[Tensor]], originals: dict[str, Tensor], visit: Callable[[Layer], Any]
 ) -> Iterator[tuple[int, int]]:
     """Call `visit(layer)` for each layer with a known float weight, in order; yields (layers done, layers in all).
 
@@ -131,22 +131,10 @@ def layers(
         samples: inputs of the model.
         originals: name of a node of the qdq graph -> what it was in float.
     """
-    weighted = [node for node in program.graph.nodes if is_layer(node, originals)]
-    run, done = _Run(program, samples, originals), 0
-    for node in list(program.graph.nodes):
-        if node in weighted:
-            outputs = run.step(node, True)
-            run.set(node, True, outputs)
-            x: Any = node.args[0]
-            visit(Layer(program, node, run.quantized[x], outputs, originals))
-            run.enter_constants(node)
-            run.set(node, False, run.step(node, False))
-            done += 1
-            yield done, len(weighted)
-        elif node.op != "output":
-            run.set(node, True, run.step(node, True))
-            run.set(node, False, run.step(node, False))
-        run.forget(node)
+    total = sum(is_layer(node, originals) for node in program.graph.nodes)
+    nodes = [node for node in program.graph.nodes if node.op != "output"]
+    for done, _ in enumerate(Run(program, samples, originals).layers(nodes, visit), 1):
+        yield done, total
 
 
 def is_layer(node: fx.Node, originals: dict[str, Tensor]) -> bool:
@@ -164,7 +152,7 @@ def is_layer(node: fx.Node, originals: dict[str, Tensor]) -> bool:
     )
 
 
-class _Run:
+class Run:
     """The values of both graphs, a list with one per sample (constants: one for all), as long as they are needed."""
 
     def __init__(self, program: Program, samples: list[list[Tensor]], originals: dict[str, Tensor]) -> None:
@@ -178,6 +166,29 @@ class _Run:
                 if used not in seen:
                     seen.add(used)
                     self._last.setdefault(node, []).append(used)
+
+    def layers(self, nodes: list[fx.Node], visit: Callable[[Layer], Any]) -> Iterator[Layer]:
+        """Run `nodes`, those that come next, in both graphs; call `visit` for each layer among them, then yield it."""
+        for node in nodes:
+            outputs = self.step(node, True)
+            self.set(node, True, outputs)
+            if is_layer(node, self._originals):
+                x: Any = node.args[0]
+                layer = Layer(self._program, node, self.quantized[x], outputs, self._originals)
+                visit(layer)
+                self.enter_constants(node)
+                yield layer
+            self.set(node, False, self.step(node, False))
+            self.forget(node)
+
+    def again(self, nodes: list[fx.Node], inputs: dict[fx.Node, list[Any]]) -> None:
+        """Run `nodes`, those that came last, in the quantized graph once more: they have changed. `inputs` is what they
+        read of what came before."""
+        self.quantized |= inputs
+        for node in nodes:
+            self.enter_constants(node)
+            self.set(node, False, self.step(node, False))
+            self.forget(node)
 
     def set(self, node: fx.Node, in_float: bool, values: list[Any]) -> None:
         (self.float if in_float else self.quantized)[node] = values
@@ -215,6 +226,7 @@ class _Run:
         return [one(0)] * count if constant_inputs else [one(i) for i in range(count)]
 
     def forget(self, node: fx.Node) -> None:
+        """Drop the values that `node` was the last to read."""
         for used in self._last.get(node, ()):
             self.quantized.pop(used, None)
             self.float.pop(used, None)
