@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import arm
-import pytest
+# Workers of pytest-xdist share the cores: threads of PyTorch beyond them would wait for each other. Before its import.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+import arm  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,12 @@ X86 = tuple(name for name in TARGETS if get(name).machine == "x86_64")
 ARM = tuple(name for name in TARGETS if get(name).machine == "aarch64")
 
 
+def native_vectors() -> str:
+    """The best target of this machine that has no matrix unit: there are machines with one and without."""
+    able = [name for name in X86 if get(name).isa.matrix is None and not lacks("x86_64", get(name).features)]
+    return max(able, key=lambda name: get(name).rank) if able else get("native").name
+
+
 def quick(targets: Sequence[str]) -> list[Any]:
     """Parameters for the sweeps of integer kernels. `make test` leaves out x86-avx512-bf16, where integers go the way
     of x86-avx512-vnni."""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from execution import skip_unless_runnable
+from execution import native_vectors, skip_unless_runnable
 from passing import randomize
 from torch import nn
 
 import qcompile
-from qcompile.targets import get, tune
+from qcompile.targets import tune
 from qcompile.targets.database import Database
 from qcompile.tuning import Tuning
 
@@ -35,11 +35,11 @@ def device() -> Iterator[str]:
 
 
 def test_kernels_are_measured_on_the_device(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skip_unless_runnable(get("native").name)
+    skip_unless_runnable(native_vectors())
     monkeypatch.setattr(tune, "MOST_CANDIDATES", 3)
     model, images = randomize(nn.Conv2d(3, 24, 3, padding=1).eval()), [torch.randn(1, 3, 12, 12)]
     tuning = Tuning(tmp_path / "tuned.sqlite", device=device)
-    compiled = qcompile.compile(model, calibration=images, tuning=tuning, threads=1)
+    compiled = qcompile.compile(model, native_vectors(), calibration=images, tuning=tuning, threads=1)
     (entry,) = Database(tmp_path / "tuned.sqlite").entries()
     assert entry.processor == f"board at {device.partition('@')[2]}"
     assert entry.microseconds > 0

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from execution import skip_unless_runnable
+from execution import native_vectors, skip_unless_runnable
 from passing import randomize
 from torch import Tensor, nn
 from tvm.tirx.script import builder as T
@@ -22,7 +22,7 @@ import qcompile
 from qcompile.errors import ConfigError, DeviceError
 from qcompile.quantizer import quantize
 from qcompile.targets import get, tune
-from qcompile.targets.cpu import emitters
+from qcompile.targets.cpu import choose
 from qcompile.targets.cpu.conv import CONV
 from qcompile.targets.cpu.emit import Kernel, function
 from qcompile.targets.cpu.emitters import EMITTERS
@@ -31,7 +31,7 @@ from qcompile.targets.lower import lower
 from qcompile.targets.tune import Tuned
 from qcompile.tuning import Tuning
 
-NATIVE = get("native").name
+NATIVE = native_vectors()
 
 
 class Small(nn.Module):
@@ -69,7 +69,7 @@ def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(model: nn.Module, path: Path, **options: Any) -> list[Tuned]:
     program = quantize(model, calibration=images(), **options).program
     found: list[Tuned] = []
-    tune.tune(program, get("native"), Tuning(path), threads=1, report=found.append)
+    tune.tune(program, get(NATIVE), Tuning(path), threads=1, report=found.append)
     return found
 
 
@@ -84,7 +84,9 @@ def tuned_file(model: nn.Module, steps: list[Any], tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("tuned") / "tuned.sqlite"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "MOST_CANDIDATES", 4)
-        qcompile.compile(model, calibration=images(), tuning=path, threads=1, progress=lambda *step: steps.append(step))
+        qcompile.compile(
+            model, NATIVE, calibration=images(), tuning=path, threads=1, progress=lambda *step: steps.append(step)
+        )
     return path
 
 
@@ -96,7 +98,7 @@ def path(tuned_file: Path, tmp_path: Path) -> Path:
 
 def test_every_kernel_is_measured_once_and_no_bit_changes(model: nn.Module, path: Path, steps: list[Any]) -> None:
     data = images()
-    compiled = qcompile.compile(model, calibration=data, tuning=path, threads=1)  # all known
+    compiled = qcompile.compile(model, NATIVE, calibration=data, tuning=path, threads=1)  # all known
     assert [step for step in steps if step[0] == "tuning"] == [("tuning", done, 4) for done in range(5)]
     entries = Database(path).entries()
     assert sorted(entry.operator for entry in entries) == ["conv", "conv", "conv", "depthwise_dot"]
@@ -110,12 +112,12 @@ def test_compiling_uses_what_was_found(model: nn.Module, path: Path) -> None:
     """The ledger names other kernels after every entry was given the last config instead of the first."""
     database = Database(path)
     program = quantize(model, calibration=images()).program
-    workloads = {workload.key: workload for workload in lower(program, get("native"), EMITTERS).workloads}
+    workloads = {workload.key: workload for workload in lower(program, get(NATIVE), EMITTERS).workloads}
     for entry in database.entries():
         last = workloads[entry.operator, entry.shape].configs()[-1]
         database.add(replace(entry, config=json.dumps(asdict(last))))
     known = Tuning(path, measure=False)
-    plain, tuned = (qcompile.compile(model, calibration=images(), tuning=t, threads=1) for t in (None, known))
+    plain, tuned = (qcompile.compile(model, NATIVE, calibration=images(), tuning=t, threads=1) for t in (None, known))
     kernels = [{row.where: row.kernel for row in c.coverage if row.kind == "integer"} for c in (plain, tuned)]
     changed = {name for name in kernels[0] if kernels[0][name] != kernels[1][name]}
     assert {"first", "depthwise", "pointwise"} <= changed
@@ -128,7 +130,7 @@ def test_compiling_uses_what_was_found(model: nn.Module, path: Path) -> None:
 def test_a_dynamic_batch_is_tuned_at_the_size_of_the_example(tmp_path: Path) -> None:
     model, path = randomize(nn.Conv2d(3, 24, 3, padding=1).eval()), tmp_path / "tuned.sqlite"
     batch = {0: torch.export.Dim("batch", min=1, max=8)}
-    compiled = qcompile.compile(model, calibration=images(3), dynamic_shapes=(batch,), tuning=path, threads=1)
+    compiled = qcompile.compile(model, NATIVE, calibration=images(3), dynamic_shapes=(batch,), tuning=path, threads=1)
     (entry,) = Database(path).entries()
     assert entry.shape.startswith("d0x18x18x3")
     for size in (1, 2, 8):
@@ -203,7 +205,7 @@ def _broken(kind: str) -> Any:
 def test_a_wrong_candidate_is_left_out_however_fast(
     kind: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emitters, "CONV", _broken(kind))
+    monkeypatch.setattr(choose, "CONV", _broken(kind))
     (tuned,) = run(randomize(nn.Conv2d(3, 24, 3, stride=2, padding=1).eval()), tmp_path / "tuned.sqlite")
     assert list(tuned.failed) == ["wrong"]
     assert reason in tuned.failed["wrong"]
@@ -223,16 +225,33 @@ def test_what_was_found_before_an_interruption_is_kept(
 
     program = quantize(model, calibration=images()).program
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(program, get("native"), Tuning(path), threads=1, progress=interrupt)
+        tune.tune(program, get(NATIVE), Tuning(path), threads=1, progress=interrupt)
     assert len(Database(path).entries()) == 3
     assert len(run(model, path)) == 1
+
+
+def test_blocks_of_a_matrix_unit_are_measured_where_there_is_one(model: nn.Module, tmp_path: Path) -> None:
+    skip_unless_runnable("x86-amx")
+    data, path = images(), tmp_path / "tuned.sqlite"
+    compiled = qcompile.compile(model, "x86-amx", calibration=data, tuning=path, threads=1)
+    entries = Database(path).entries()
+    assert {entry.operator for entry in entries} == {"conv", "depthwise_dot", "matrix"}
+    assert all("tall" in entry.config for entry in entries if entry.operator == "matrix")
+    assert torch.equal(compiled(data[0]), compiled.reference(data[0]))
+
+
+def test_tile_registers_are_not_measured_through_rpc(model: nn.Module, tmp_path: Path) -> None:
+    program = quantize(model, calibration=images()).program
+    tuning = Tuning(tmp_path / "tuned.sqlite", device="pi@127.0.0.1:9")
+    with pytest.raises(DeviceError, match=r"x86-amx cannot be measured through RPC(.|\n)*on that machine itself"):
+        tune.tune(program, get("x86-amx"), tuning)
 
 
 def test_an_entry_that_fits_no_kernel_counts_as_unknown(model: nn.Module, path: Path) -> None:
     database = Database(path)
     for entry in database.entries():
         database.add(replace(entry, config='{"rows": 1000, "evil": true}'))
-    compiled = qcompile.compile(model, calibration=images(), tuning=Tuning(path, measure=False), threads=1)
+    compiled = qcompile.compile(model, NATIVE, calibration=images(), tuning=Tuning(path, measure=False), threads=1)
     x = torch.randn(1, 3, 18, 18)
     assert torch.equal(compiled(x), compiled.reference(x))
 
@@ -246,14 +265,14 @@ def test_a_target_of_another_machine_needs_a_device(model: nn.Module, tmp_path: 
 def test_a_number_of_threads_that_is_none_is_refused(model: nn.Module, tmp_path: Path) -> None:
     program = quantize(model, calibration=images()).program
     with pytest.raises(ConfigError, match="threads is 0"):
-        tune.tune(program, get("native"), Tuning(tmp_path / "tuned.sqlite"), threads=0)
+        tune.tune(program, get(NATIVE), Tuning(tmp_path / "tuned.sqlite"), threads=0)
     assert not (tmp_path / "tuned.sqlite").exists()
 
 
 def test_a_tracker_that_does_not_answer_is_an_error(model: nn.Module, tmp_path: Path) -> None:
     tuning = Tuning(tmp_path / "tuned.sqlite", device="pi@127.0.0.1:9")
     with pytest.raises(DeviceError, match=r"no RPC tracker answers(.|\n)*127.0.0.1:9"):
-        qcompile.compile(model, calibration=images(), tuning=tuning)
+        qcompile.compile(model, NATIVE, calibration=images(), tuning=tuning)
 
 
 @pytest.mark.parametrize("device", ["pi@localhost", "pi@localhost:99999", 5])
@@ -269,12 +288,12 @@ def test_a_device_without_a_database_is_refused() -> None:
 
 def test_what_is_no_path_is_refused(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match="the tuning database is True"):
-        qcompile.compile(model, calibration=images(), tuning=True)  # type: ignore[arg-type]
+        qcompile.compile(model, NATIVE, calibration=images(), tuning=True)  # type: ignore[arg-type]
 
 
 def test_a_database_that_is_only_read_must_be_there(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such tuning database"):
-        qcompile.compile(model, calibration=images(), tuning=Tuning(tmp_path / "absent", measure=False))
+        qcompile.compile(model, NATIVE, calibration=images(), tuning=Tuning(tmp_path / "absent", measure=False))
 
 
 def test_the_shipped_database_is_of_this_version_and_sound() -> None:
