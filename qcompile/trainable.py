@@ -25,7 +25,7 @@ from qcompile.ops.row import Output
 from qcompile.qdq import is_dequantize, is_quantize, params
 from qcompile.sites import read
 from qcompile.twins import Layer
-from qcompile.weights import smallest_scale
+from qcompile.weights import by_channel, smallest_scale
 
 
 class TrainableBlock:
@@ -112,14 +112,11 @@ class _TrainableLayer:
         bias = self._bias + self._unit * self.shift
         least = smallest_scale(bias.detach(), float(input_scale.detach()))
         scale = torch.maximum(learned_scale(self._layer.scale, self.log_ratio), least)
-        return (self._layer.q + self.steps) * self._per_row(self._layer.scale), scale, bias
-
-    def _per_row(self, scale: Tensor) -> Tensor:
-        return scale.reshape(-1, *[1] * (self.steps.dim() - 1))
+        return (self._layer.q + self.steps) * by_channel(self._layer.scale, self.steps), scale, bias
 
     def write(self, input_scale: Tensor) -> None:
         weight, scale, bias = self._values(input_scale)
-        self._layer.q.copy_(integers(weight, self._per_row(scale), -self._layer.most, self._layer.most))
+        self._layer.q.copy_(integers(weight, by_channel(scale, weight), -self._layer.most, self._layer.most))
         self._layer.scale.copy_(scale)
         self._layer.set_bias(bias)
 

@@ -40,7 +40,9 @@ SYBIL = Sybil(
 def test_every_snippet_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippets of a page share their names, as a reader would type them one after the other."""
     monkeypatch.chdir(tmp_path)
-    for example in SYBIL.parse(page).examples():
+    examples = list(SYBIL.parse(page).examples())
+    assert len(examples) >= len(re.findall(r"^```(?:python|bash)$", page.read_text(), re.MULTILINE))
+    for example in examples:
         example.evaluate()
 
 

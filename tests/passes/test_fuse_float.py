@@ -127,7 +127,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[QcompileError], str]] = {
     "unknown": ({"numerics": "float16"}, ConfigError, "unknown numerics 'float16'"),
     "config": ({"numerics": "bfloat16", "config": qcompile.QuantConfig()}, ConfigError, "config is given"),
     "search": ({"numerics": "bfloat16", "max_accuracy_drop": 0.1}, ConfigError, "max_accuracy_drop is given"),
-    "strict": ({"numerics": "float32", "strict": True}, ConfigError, "strict=True refuses operators in float"),
     "no inputs": ({"numerics": "float32", "example_inputs": None}, QcompileError, "no example inputs"),
 }
 
