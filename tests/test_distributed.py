@@ -65,7 +65,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_find_what_one_does(count: int, alone: dict[str, object], tmp_path: Path) -> None:
     assert run(tmp_path / "many", count) == [alone] * count
 

@@ -245,6 +245,7 @@ def test_training_recovers_what_quantization_after_it_loses(seed: int) -> None:
     assert fine_tuned > (in_float + after) / 2
 
 
+@pytest.mark.slow
 def test_a_new_head_learns_on_an_integer_backbone() -> None:
     _, before, after = new_head(0)
     assert after > before + 0.4

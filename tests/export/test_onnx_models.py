@@ -113,7 +113,7 @@ def test_a_dynamic_batch_stays_dynamic() -> None:
 @pytest.mark.parametrize(
     "net",
     [
-        pytest.param(net, id=str(net), marks=[] if net.name in ("resnet18", "mobilenetv2") else pytest.mark.slow)
+        pytest.param(net, id=str(net), marks=[] if net.name == "mobilenetv2" else pytest.mark.slow)
         for net in networks.REDUCED
     ],
 )

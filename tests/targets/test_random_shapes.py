@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from direct import call
-from execution import X86, quick, skip_unless_runnable
+from execution import X86, skip_unless_runnable
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from samples import weighted_numbers
@@ -35,7 +35,7 @@ from qcompile.targets.stored import stored, wrong
 bounded = settings(
     max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-WITHOUT_MATRIX = [name for name in X86 if get(name).isa.matrix is None]
+WITHOUT_MATRIX = ["x86-avx512-vnni", "x86-avx2"]  # what others do without a matrix unit, one of these does
 WITH_MATRIX = [name for name in X86 if get(name).isa.matrix is not None]
 Halo = tuple[int, int, int, int]
 Generate = Callable[[ConvShape, Filters, Requantize, InstructionSet], Kernel]
@@ -164,7 +164,7 @@ def _layout(x: Tensor, halo: tuple[int, ...], slack: int) -> Layout:
     return Layout(tuple(x.shape), True, align(x.shape[1], 16) + 16 * slack, (top, bottom, left, right))
 
 
-@pytest.mark.parametrize("target", quick(WITHOUT_MATRIX))
+@pytest.mark.parametrize("target", WITHOUT_MATRIX)
 @bounded
 @given(data=st.data(), geometry=geometries())
 def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, data: st.DataObject) -> None:
@@ -172,7 +172,7 @@ def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: 
     assert mismatching(geometry, target, partial(conv, config=config)) == 0
 
 
-@pytest.mark.parametrize("target", quick(WITHOUT_MATRIX))
+@pytest.mark.parametrize("target", WITHOUT_MATRIX)
 @bounded
 @given(data=st.data(), geometry=geometries(), channels=st.integers(1, 18))
 def test_a_row_of_taps_without_bytes_between_them_is_summed_as_one(
@@ -185,7 +185,7 @@ def test_a_row_of_taps_without_bytes_between_them_is_summed_as_one(
     assert mismatching(geometry, target, partial(conv, config=config)) == 0
 
 
-@pytest.mark.parametrize("target", quick([name for name in WITHOUT_MATRIX if get(name).isa.tap_dots]))
+@pytest.mark.parametrize("target", [name for name in WITHOUT_MATRIX if get(name).isa.tap_dots])
 @bounded
 @given(
     geometry=geometries(depthwise=True),
@@ -199,7 +199,7 @@ def test_a_depthwise_convolution_by_dot_products_is_right_for_every_shape_and_ti
     assert mismatching(geometry, target, generate) == 0
 
 
-@pytest.mark.parametrize("target", quick(WITHOUT_MATRIX))
+@pytest.mark.parametrize("target", WITHOUT_MATRIX)
 @bounded
 @given(geometry=geometries(depthwise=True), config=st.builds(DepthwiseConfig, pixels=st.integers(1, 16)))
 def test_a_depthwise_convolution_is_right_for_every_shape_and_tile(
