@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 
 # Workers of pytest-xdist share the cores: threads of PyTorch beyond them would wait for each other. Before its import.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
-import arm  # noqa: E402
-import pytest  # noqa: E402
+import arm
+import pytest
 
 
 @pytest.fixture(scope="session")
