@@ -91,6 +91,25 @@ def pack(
     return PackedWeights(dot.pack(grouped), starts, fours)
 
 
+def per_channel(
+    filters: Filters,
+    numbers: epilogue.Requantize,
+    isa: InstructionSet,
+    order: np.ndarray,
+    dot: DotProduct | None = None,
+) -> dict[str, np.ndarray]:
+    """The constants of whole blocks of channels, each in the `order` of its lanes; `dot`: the way to multiply."""
+
+    def in_lanes(values: np.ndarray) -> np.ndarray:
+        padded = np.pad(values, (0, -len(values) % len(order)))
+        return padded.reshape(-1, len(order))[:, order].reshape(-1)
+
+    return {
+        "integers": numbers.integers(isa, in_lanes(filters.folded_bias(isa, dot))),
+        "floats": numbers.floats(in_lanes(filters.m)),
+    }
+
+
 def in_fours(weight: np.ndarray, shape: ConvShape) -> np.ndarray:
     """(out channels, in channels / groups, KH, KW) -> (out channels, KH, taps, channels), with rows of taps joined.
 
@@ -133,22 +152,12 @@ def conv(
     shape, dot = shape.flat(), dot_of(shape, filters, isa)
     order = channel_order(config.vectors, isa)
     packed = pack(filters.weight, shape, order, isa, dot)
-
-    def in_lanes(per_channel: np.ndarray) -> np.ndarray:
-        padded = np.pad(per_channel, (0, len(packed.data) * len(order) - len(per_channel)))
-        return padded.reshape(-1, len(order))[:, order].reshape(-1)
-
-    constants = {
-        "weights": packed.data.reshape(-1),
-        "integers": numbers.integers(isa, in_lanes(filters.folded_bias(isa, dot))),
-        "floats": numbers.floats(in_lanes(filters.m)),
-    }
+    constants = {"weights": packed.data.reshape(-1), **per_channel(filters, numbers, isa, order, dot)}
     if shape.groups > 1:
         constants["starts"] = np.asarray(packed.starts, np.int32)
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, dot, packed, constants, symbols, steps)
-    name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
-    label = f"{name}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
+    label = f"{shape.kind}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
 
 

@@ -24,6 +24,11 @@ class ConvShape:
     groups: int
 
     @property
+    def kind(self) -> str:
+        """As kernels are called."""
+        return "gemm" if self.kernel == (1, 1) else f"conv{self.kernel[0]}x{self.kernel[1]}"
+
+    @property
     def joined(self) -> int:
         """How many taps of a row of the kernel are summed as one, because their channels lie side by side in memory."""
         joins = joins_taps(self.kernel[1], self.x.channels, self.dilation[1], self.groups)

@@ -102,8 +102,7 @@ def conv(
     if shape.groups > 1:
         constants["starts"] = np.asarray(starts, np.int32)
     func = _build(shape, given, config, isa, products, steps, constants, symbols)
-    name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
-    return Kernel(f"{name}_{products.name}_{config.rows}x{vectors * lanes}", func, tuple(constants.values()))
+    return Kernel(f"{shape.kind}_{products.name}_{config.rows}x{vectors * lanes}", func, tuple(constants.values()))
 
 
 def _build(

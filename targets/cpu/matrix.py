@@ -23,7 +23,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, MatrixUnit
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.conv import channel_order
+from qcompile.targets.cpu.conv import channel_order, per_channel
 from qcompile.targets.cpu.cuts import LATENCY, Cut, Runs
 from qcompile.targets.cpu.emit import Kernel, function, on_each_thread, only_if
 from qcompile.targets.cpu.filters import ConvShape, Filters
@@ -160,20 +160,10 @@ def conv(
     runs, sum_of = _cuts(shape, unit)
     order = channel_order(config.vectors, isa)
     packed = pack(filters.weight, shape, order, sum_of, isa.lanes)
-
-    def in_lanes(per_channel: np.ndarray) -> np.ndarray:
-        padded = np.pad(per_channel, (0, len(packed) * len(order) - len(per_channel)))
-        return padded.reshape(-1, len(order))[:, order].reshape(-1)
-
-    constants = {
-        "weights": packed.reshape(-1),
-        "integers": numbers.integers(isa, in_lanes(filters.folded_bias(isa))),
-        "floats": numbers.floats(in_lanes(filters.m)),
-    }
+    constants = {"weights": packed.reshape(-1), **per_channel(filters, numbers, isa, order)}
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, (runs, sum_of), packed.shape, constants, symbols, steps)
-    name = f"conv{shape.kernel[0]}x{shape.kernel[1]}" if shape.kernel != (1, 1) else "gemm"
-    label = f"{name}_{unit.name}_{config.tall * runs.cut.size}x{config.vectors * isa.lanes}"
+    label = f"{shape.kind}_{unit.name}_{config.tall * runs.cut.size}x{config.vectors * isa.lanes}"
     return Kernel(label, func, tuple(constants.values()))
 
 
