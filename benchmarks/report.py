@@ -1,6 +1,7 @@
 """The page `docs/benchmarks.md` and its picture, from the results of a run; neither is edited by hand.
 
-python -m benchmarks.report [benchmarks/results.json] [--avx2 benchmarks/avx2.json] [--folder docs]
+python -m benchmarks.report [benchmarks/results.json] [--avx2 benchmarks/avx2.json] [--amx benchmarks/amx.json]
+    [--folder docs]
 """
 
 from __future__ import annotations
@@ -71,18 +72,39 @@ here with the one below. This project's answers are the same bits on both. Of a 
 this is the instruction set, not the caches and the execution units.
 """
 
+MATRIX_UNIT = """\
+## On a processor with AMX
 
-def page(report: Report, avx2: Report | None) -> str:
-    """The whole page; `avx2`: what `python -m benchmarks.avx2` found."""
+The same run on a machine whose processor multiplies whole tiles (`python -m benchmarks.run --output
+benchmarks/amx.json`); "native" is `x86-amx` there. The share is of the peak of that unit, eight times that of
+the dot-product instruction: a network of few channels spends its time on loads and on what follows a product.
+"""
+
+
+def page(report: Report, avx2: Report | None, amx: Report | None) -> str:
+    """The whole page; `avx2`: what `python -m benchmarks.avx2` found; `amx`: the same as `report` on another machine."""
     parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
-    parts += ["## The machine\n", table.markdown(("", ""), [(key, value) for key, value in report.machine.items()])]
+    parts += ["## The machine\n", machine(report)]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(report.versions.items()))
     parts += [f"Versions: {versions}.\n", "## Summary\n", table.markdown(*summary(report)), METHOD]
     parts += [RESTRICTED, table.markdown(*restricted(avx2))] if avx2 else []
+    parts += [MATRIX_UNIT, *other_machine(amx)] if amx else []
     parts += ["## Each workload\n"]
     for workload in report.workloads:
         parts += [f"### {workload.name}\n", *details(workload)]
     return "\n".join(parts)
+
+
+def machine(report: Report) -> str:
+    return table.markdown(("", ""), list(report.machine.items()))
+
+
+def other_machine(report: Report) -> Iterable[str]:
+    """The machine, the summary, and one table of what every engine costs."""
+    yield machine(report)
+    yield table.markdown(*summary(report))
+    costs = [(workload.name, *row) for workload in report.workloads for row in table.cost_rows(workload)]
+    yield table.markdown(("workload", *table.COSTS), costs)
 
 
 def summary(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -152,11 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, default=Path("benchmarks/results.json"))
     parser.add_argument("--avx2", type=Path, default=Path("benchmarks/avx2.json"))
+    parser.add_argument("--amx", type=Path, default=Path("benchmarks/amx.json"))
     parser.add_argument("--folder", type=Path, default=Path("docs"))
     options = parser.parse_args()
     report = Report.load(options.results)
-    avx2 = Report.load(options.avx2) if options.avx2.exists() else None
-    (options.folder / PAGE).write_text(page(report, avx2))
+    avx2, amx = (Report.load(path) if path.exists() else None for path in (options.avx2, options.amx))
+    (options.folder / PAGE).write_text(page(report, avx2, amx))
     draw(report, options.folder / PICTURE)
     print(f"written: {options.folder / PAGE}, {options.folder / PICTURE}")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompile import passes as passes
     from qcompile import targets as targets
-    from qcompile.compiler import CompiledModel as CompiledModel
+    from qcompile.compiled import CompiledModel as CompiledModel
     from qcompile.compiler import compile as compile
     from qcompile.config import QuantConfig as QuantConfig
     from qcompile.errors import QcompileError as QcompileError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "CompiledModel": "qcompile.compiler",
+    "CompiledModel": "qcompile.compiled",
     "QatModel": "qcompile.qat",
     "QcompileError": "qcompile.errors",
     "QuantConfig": "qcompile.config",

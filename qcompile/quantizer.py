@@ -16,7 +16,7 @@ from qcompile.batches import Batches
 from qcompile.capture import capture
 from qcompile.config import QuantConfig
 from qcompile.errors import CalibrationError, ConfigError, PipelineError, TargetError
-from qcompile.inputs import arrange, check_first_batch, is_empty, unflatten
+from qcompile.inputs import arrange, check_first_batch, is_empty, unflatten, warn_of_surplus
 from qcompile.ir import LedgerRow, Program, Property, Stage, source
 from qcompile.manager import Dump, PassManager, PassRecord, check_order
 from qcompile.passes import Context, Pipeline, default_pipeline, qdq_pipeline
@@ -176,6 +176,8 @@ def prepared(
         if isinstance(model, nn.Module):
             check_first_batch(model, example_inputs)
     program = capture(model, example_inputs, dynamic_shapes)
+    if not is_empty(example_inputs) and isinstance(model, nn.Module):
+        warn_of_surplus(example_inputs, program.inputs)
     given = Property.GIVEN_QDQ in program.properties
     if given:
         _check_given(config, batches)

@@ -20,11 +20,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as pytree
 
 from qcompile.artifact import Artifact, TensorSpec, Variant
-from qcompile.compiler import output_specs
 from qcompile.device import lacks
 from qcompile.ir import InputSpec, Program, Stage, add_constant, propagate
 from qcompile.ops import Act, Row, Sample
 from qcompile.runtime import Model
+from qcompile.specs import output_specs
 from qcompile.targets import Target, get, names
 from qcompile.targets.build import build
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import qcompile
-from qcompile.compiler import CompiledModel
+from qcompile.compiled import CompiledModel
 from qcompile.errors import BuildError, StrictError
 
 # Model -> the operator that the refusal names.

@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_page_of_benchmarks_is_that_of_its_results() -> None:
-    results, avx2 = (Report.load(ROOT / "benchmarks" / name) for name in ("results.json", "avx2.json"))
+    names = ("results.json", "avx2.json", "amx.json")
+    results, avx2, amx = (Report.load(ROOT / "benchmarks" / name) for name in names)
     page = (ROOT / "docs" / report.PAGE).read_text()
-    assert page == report.page(results, avx2), "run `python -m benchmarks.report` and commit docs/"
+    assert page == report.page(results, avx2, amx), "run `python -m benchmarks.report` and commit docs/"
 
 
 def test_the_page_of_answers_is_that_of_its_figures() -> None:

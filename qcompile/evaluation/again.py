@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from qcompile.compiler import CompiledModel
+from qcompile.compiled import CompiledModel
 from qcompile.config import QuantConfig
 from qcompile.errors import InputError
 from qcompile.passes.base import Progress

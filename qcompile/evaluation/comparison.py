@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from qcompile.compiler import CompiledModel
+from qcompile.compiled import CompiledModel
 from qcompile.errors import ConfigError, InputError
 from qcompile.evaluation import shifts
 from qcompile.evaluation.diagnosis import Diagnosis, finish, start

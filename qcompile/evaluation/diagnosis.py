@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from qcompile.compiler import CompiledModel, input_specs
+from qcompile.compiled import CompiledModel
 from qcompile.errors import InputError
 from qcompile.evaluation import files
 from qcompile.evaluation.feed import Piece, pieces, runnable
@@ -37,6 +37,7 @@ from qcompile.ir import Program, where
 from qcompile.passes.base import Progress
 from qcompile.quantizer import QuantizedModel
 from qcompile.sites import HOLDS, Held
+from qcompile.specs import input_specs
 
 THRESHOLD = 10.0
 CAUSES = {

@@ -13,7 +13,7 @@ from qcompile.ir import Program, Stage
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from qcompile.compiler import CompiledModel
+    from qcompile.compiled import CompiledModel
     from qcompile.export.writer import Activations
     from qcompile.quantizer import QuantizedModel
 

@@ -89,6 +89,11 @@ def test_a_label_is_never_taken_for_an_optional_input() -> None:
     assert len(quantize(Shifts(), calibration=[pair[0][:1]]).program.inputs) == 1
 
 
+def test_more_examples_than_inputs_are_not_dropped_in_silence() -> None:
+    with pytest.warns(CalibrationWarning, match=r"inputs \(input\); .* the last 2 values"):
+        quantize(nn.ReLU(), calibration=[randn(2, 3)], example_inputs=(randn(2, 3), randn(2, 3), 7))
+
+
 def test_what_is_no_input_is_named() -> None:
     batch = {"label": torch.arange(2), "input": randn(2, 3), "weight": randn(2)}
     with pytest.warns(CalibrationWarning, match="as labels: label, weight"):

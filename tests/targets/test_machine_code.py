@@ -15,7 +15,7 @@ from networks import Residual, conv_norm, images, settle
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.compiler import CompiledModel
+from qcompile.compiled import CompiledModel
 
 Builder = Callable[[], nn.Module]
 # The instruction that takes the dot products, and its registers.

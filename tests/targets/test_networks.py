@@ -13,7 +13,8 @@ from networks import FULL, REDUCED, Network, images
 from torch import Tensor, fx
 
 from qcompile.artifact import Artifact
-from qcompile.compiler import CompiledModel, compile_program
+from qcompile.compiled import CompiledModel
+from qcompile.compiler import compile_program
 from qcompile.quantizer import QuantizedModel, quantize
 from qcompile.targets import get
 from qcompile.targets.capability import objection
