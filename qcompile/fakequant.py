@@ -82,7 +82,9 @@ class _FakeQuantize(torch.autograd.Function):
             clamped = torch.clamp(v, lo, hi)
             slope = torch.where(inside, torch.round(clamped) - v, clamped)
             most = torch.maximum(hi, -lo)  # of a zero point in the middle either is a bound
-            of_scale = (gradient * slope).sum_to_size(scale.shape) / torch.sqrt(ctx.shared_by * most)
+            # In float64: behind a relu most is 255, and of 8.4 million values the product leaves int32.
+            divisor = torch.sqrt(ctx.shared_by * most.double()).float()
+            of_scale = (gradient * slope).sum_to_size(scale.shape) / divisor
         return gradient * inside, of_scale, None, None, None
 
 

@@ -54,7 +54,7 @@ class _Builder:
         self.new: dict[fx.Node, fx.Node] = {}  # old node -> new node
         self.grid: dict[fx.Node, tuple[Any, ...]] = {}  # old quantize node -> scale, zero point, smallest, largest
         self.trained: set[fx.Node] = set()  # new nodes whose values training changes
-        self.registered: dict[tuple[int, tuple[int, ...]], fx.Node] = {}
+        self.registered: dict[tuple[Any, ...], fx.Node] = {}
         self.weights = lift_weights(program)
         groups = list(read(program.graph, is_dequantize, is_quantize))
         self.groups = {g.tail: g for g in groups}
@@ -103,7 +103,9 @@ class _Builder:
 
     def weight(self, node: fx.Node, lifted: Lifted) -> fx.Node:
         q, scale, known = lifted.weight.q, lifted.weight.scale, self.originals.get(lifted.name)
-        weight = self.constant(node, q if known is None else known, _begin(q, scale, known, lifted.most))
+        # Calls of one layer whose weights were chosen apart (passes.round_weights) begin, and are trained, apart.
+        chosen = q.numpy().tobytes(), scale.numpy().tobytes()
+        weight = self.constant(node, q if known is None else known, _begin(q, scale, known, lifted.most), chosen)
         step = self.scale(f"{weight.target}_", scale, weight in self.trained)
         return self.call(node, fake_quantize_weight, weight, step, lifted.most)
 
@@ -125,14 +127,15 @@ class _Builder:
         log_ratio = self.register(f"{path}log_ratio", torch.zeros_like(value), trainable and self.learned)
         return self.mark(self.graph.call_function(learned_scale, (calibrated, log_ratio)))
 
-    def constant(self, node: fx.Node, held: Tensor, value: Tensor | None = None) -> fx.Node:
+    def constant(self, node: fx.Node, held: Tensor, value: Tensor | None = None, of: Any = None) -> fx.Node:
         """What `node` holds, as a parameter if it is one in the model; registered once, however many layers read it.
 
         Args:
             value: what to begin with, if not with that.
+            of: what `value` depends on besides.
         """
         origin: Origin | None = node.meta.get(ORIGIN)
-        key = held.data_ptr(), tuple(held.shape)
+        key = held.data_ptr(), tuple(held.shape), of
         if key not in self.registered:
             path, trainable = (f"constants.{node.target}", None) if origin is None else (origin.path, origin.trainable)
             self.registered[key] = self.register(path, held if value is None else value, trainable)

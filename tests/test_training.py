@@ -94,6 +94,17 @@ def test_the_gradients_are_those_of_lsq() -> None:
     assert float(scale.grad) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_gradient_of_a_scale_that_millions_of_values_share_is_finite() -> None:
+    x = torch.rand(1).expand(1, 64, 512, 512)
+    gradients = []
+    for count in (512, 8):
+        scale = torch.tensor(0.01, requires_grad=True)
+        fake_quantize(x[..., :count], scale, torch.tensor(-128, dtype=torch.int32), -128, 127).mean().backward()
+        assert scale.grad is not None
+        gradients.append(float(scale.grad))
+    assert gradients[0] == pytest.approx(gradients[1] / 8, rel=1e-3)  # 1 / sqrt(64) of it
+
+
 def test_each_channel_of_a_weight_has_its_own_scale_gradient() -> None:
     weight = torch.tensor([[0.26, -0.9], [0.26, 0.74]], requires_grad=True)
     scale = torch.tensor([0.1, 0.5], requires_grad=True)
@@ -190,8 +201,21 @@ def test_a_shared_layer_has_one_weight() -> None:
     model = nn.Sequential(layer, nn.ReLU(), layer).eval()
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
     prepared = qcompile.prepare_qat(model, calibration=[x])
-    assert sum(name.endswith((".weight", ".bias")) for name, _ in prepared.named_parameters()) == 2
+    trained = sorted(name.rpartition(".")[2] for name, _ in prepared.named_parameters() if "log_ratio" not in name)
+    assert trained == ["bias", "weight"]
     assert (prepared(x) - qcompile.quantize(prepared)(x)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_training_begins_where_a_preset_ended(preset: str) -> None:
+    """Of a shared layer too, whose calls the preset may have given integers of their own."""
+    layer = nn.Linear(6, 6)
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.ReLU(), layer).eval()
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"calibration": [x], "config": qcompile.QuantConfig(preset=preset)}
+    prepared, plain = qcompile.prepare_qat(model, **options), qcompile.quantize(model, **options)
+    assert torch.equal(qcompile.quantize(prepared)(x), plain(x))
 
 
 @pytest.mark.parametrize(
