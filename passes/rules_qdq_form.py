@@ -82,10 +82,11 @@ def _integers(program: Program, node: fx.Node) -> tuple[Tensor, Tensor, int | No
     q = constant(program.graph_module, node.args[0]).to(torch.int64)  # type: ignore[arg-type]
     if node.target is DEQUANTIZE:
         return q - node.args[2], torch.tensor([node.args[1]], dtype=torch.float32), None  # type: ignore[operator]
-    scale, zero = (constant(program.graph_module, n) for n in node.args[1:3])  # type: ignore[arg-type]
+    scale = constant(program.graph_module, node.args[1])  # type: ignore[arg-type]
     axis: Any = node.args[3] % q.dim()  # type: ignore[operator]
-    if zero is not None:
-        q = q - zero.to(torch.int64).reshape([-1 if i == axis else 1 for i in range(q.dim())])
+    if isinstance(node.args[2], fx.Node):
+        zero = constant(program.graph_module, node.args[2]).to(torch.int64)
+        q = q - zero.reshape([-1 if i == axis else 1 for i in range(q.dim())])
     return q, scale.to(torch.float32), axis
 
 
@@ -104,12 +105,15 @@ def _objection(program: Program, node: fx.Node, out_axis: int) -> str | None:
     return None if axis in (None, out_axis) else f"its weight has a scale per index of dimension {axis}"
 
 
-def _is_canonical(node: Any) -> bool:
-    return node.target is WEIGHT and node.args[3:] == (0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8)
+def _is_canonical(program: Program, node: Any) -> bool:
+    if node.target is not WEIGHT or node.args[3:] != (0, -WEIGHT_MAX, WEIGHT_MAX, torch.int8):
+        return False
+    zeros = node.args[2]
+    return isinstance(zeros, fx.Node) and not bool(constant(program.graph_module, zeros).any())
 
 
 def _check_weight(program: Program, node: fx.Node) -> str | None:
-    if _check_constant(program, node) is not None or _is_canonical(node):
+    if _check_constant(program, node) is not None or _is_canonical(program, node):
         return ""
     if not all(_reads_as_weight(node, user) for user in node.users):
         return ""
@@ -148,7 +152,7 @@ def without_lowest(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_dequantized(program: Program, node: fx.Node) -> str | None:
     """Fold what is no weight: biases, and what float operators read."""
-    if _check_constant(program, node) is not None or _is_canonical(node):
+    if _check_constant(program, node) is not None or _is_canonical(program, node):
         return ""
     # A matrix product is turned into a linear first.
     return "" if any(_check_matmul(program, user) is None for user in node.users) else None
@@ -187,7 +191,7 @@ def _check_norm(program: Program, node: fx.Node) -> str | None:
     norm: Any = norm_of(node)
     conv: Any = norm.args[0]
     row = ops.find(conv)
-    if row is None or row.weight_arg is None or not _is_canonical(conv.args[1]):
+    if row is None or row.weight_arg is None or not _is_canonical(program, conv.args[1]):
         return ""
     if set(conv.users) != {norm} or set(conv.args[1].users) != {conv}:
         return f"{conv.name} or its weight has other users, which need it as it is"
@@ -222,7 +226,9 @@ def _least_scale(program: Program, node: fx.Node) -> Tensor | None:
     row = ops.find(node)
     bias = argument(node, row.bias_arg, None) if row is not None and row.bias_arg is not None else None
     x, weight = node.args[:2]
-    if not isinstance(bias, fx.Node) or not is_constant(bias) or not is_dequantize(x) or not _is_canonical(weight):
+    if not isinstance(bias, fx.Node) or not is_constant(bias):
+        return None
+    if not is_dequantize(x) or not _is_canonical(program, weight):
         return None
     return smallest_scale(constant(program.graph_module, bias), params(x).scale)  # type: ignore[arg-type]
 

@@ -50,6 +50,7 @@ class Given(nn.Module):
         channels = weight.shape[axis]
         self.register_buffer("scale", 0.004 + 0.002 * torch.rand(channels, generator=torch.Generator().manual_seed(2)))
         self.register_buffer("zeros", torch.zeros(channels, dtype=torch.int64))
+        self.register_buffer("offsets", torch.arange(30, 30 + channels))
         self.register_buffer("bias", randn(weight.shape[0], seed=3))
         self.register_buffer("number", torch.tensor(0.03))
         self.register_buffer("zero", torch.tensor(-5))
@@ -94,6 +95,17 @@ def float_weight(m: Any, x: Tensor) -> Tensor:
     return q(nn.functional.conv2d(q(x), w), S)
 
 
+def offset_weight(m: Any, x: Tensor) -> Tensor:
+    """Zero points, in the form that is otherwise this project's own."""
+    w = qd.dequantize_per_channel.default(m.weight, m.scale, m.offsets, 0, -127, 127, torch.int8)
+    return q(nn.functional.conv2d(q(x), w), S)
+
+
+def no_zero_points(m: Any, x: Tensor) -> Tensor:
+    w = qd.dequantize_per_channel.default(m.weight, m.scale, None, 0, -127, 127, torch.int8)
+    return q(nn.functional.conv2d(q(x), w), S)
+
+
 def matrix_product(m: Any, x: Tensor) -> Tensor:
     return q(q(x) @ m.w(), S)
 
@@ -115,6 +127,8 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Tensor, Tensor, float, s
     "tensors": (tensors, KERNEL, IMAGE, S, {"numbers"}),
     "float weight": (float_weight, KERNEL, IMAGE, S, {"quantized_constant"}),
     "unsigned weight": (unsigned_weight, KERNEL, IMAGE, S, {"weight_form"}),
+    "offset weight": (offset_weight, KERNEL // 2, IMAGE, S, {"weight_form"}),
+    "no zero points": (no_zero_points, KERNEL, IMAGE, S, {"weight_form"}),
     "matrix product": (matrix_product, MATRIX, ROW, S, {"matmul_to_linear"}),
     "batch norm": (lambda m, x: q(torch.relu(m.norm(m.conv(q(x)))), S), KERNEL, IMAGE, S, {"fold_batchnorm"}),
     "residual": (summed, KERNEL, IMAGE, S, {"weight_form"}),
