@@ -12,14 +12,16 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.capture import capture
 from qcompile.config import QuantConfig
-from qcompile.errors import ConfigError
 from qcompile.ir import MOMENTS, Moments, Program, finish
 from qcompile.manager import PassManager
-from qcompile.passes import Context, default_pipeline
-from qcompile.passes.correct_bias import CorrectBias, clipped_mean
+from qcompile.passes import Context, Pass, default_pipeline
+from qcompile.passes.correct_bias import CorrectBias
+from qcompile.passes.correct_bias_analytic import CorrectBiasAnalytic, clipped_mean
 from qcompile.passes.equalize import Equalize
 from qcompile.passes.round_weights import RoundWeights
 from qcompile.twins import Layer, layers
+
+EMPIRICAL, ANALYTIC = CorrectBias(), CorrectBiasAnalytic()
 
 
 def quantized(
@@ -33,8 +35,8 @@ def quantized(
     return program, context
 
 
-def corrected(program: Program, context: Context, method: str = "empirical") -> bool:
-    changed = CorrectBias(method).run(program, context)
+def corrected(program: Program, context: Context, step: Pass = EMPIRICAL) -> bool:
+    changed = step.run(program, context)
     finish(program)
     return changed
 
@@ -162,7 +164,7 @@ def test_analytic_shifts_are_those_that_data_shows(equalize: bool) -> None:
         shown[layer.node.name] = torch.cat([y.movedim(1, 0).flatten(1) for y in lost], 1).mean(1)
         assert layer.bias is not None
         biases[layer.node.name] = layer.bias
-    assert corrected(program, context, "analytic")
+    assert corrected(program, context, ANALYTIC)
     first, *rest = [n for n in program.graph.nodes if n.name in shown]
     assert len(rest) == 3
     for node in rest:
@@ -170,9 +172,9 @@ def test_analytic_shifts_are_those_that_data_shows(equalize: bool) -> None:
         shift = after - biases[node.name].double()
         error = (shift - shown[node.name]).norm() / shown[node.name].norm()
         assert error < 0.35, (node.name, error)
-    ((node, reason),) = [(name, why) for rule, name, why in program.ledger.declined if rule == "correct_bias"]
+    ((node, reason),) = [(name, why) for rule, name, why in program.ledger.declined if rule == "correct_bias_analytic"]
     assert (node, "no batch norm made it" in reason) == (first.name, True)
-    assert not corrected(program, context, "analytic")
+    assert not corrected(program, context, ANALYTIC)
 
 
 def test_a_batch_norm_leaves_its_moments_with_the_layer() -> None:
@@ -185,14 +187,9 @@ def test_a_batch_norm_leaves_its_moments_with_the_layer() -> None:
         assert torch.equal(moments.deviation.float(), norm.weight.abs())
 
 
-def test_an_unknown_method_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="magic"):
-        CorrectBias("magic")
-
-
-@pytest.mark.parametrize("method", ["empirical", "analytic"])
-def test_a_corrected_model_is_exact(method: str) -> None:
-    pipeline = default_pipeline().after("quantize", CorrectBias(method))
+@pytest.mark.parametrize("step", [EMPIRICAL, ANALYTIC])
+def test_a_corrected_model_is_exact(step: Pass) -> None:
+    pipeline = default_pipeline().after("quantize", step)
     compiled = qcompile.compile(network(), calibration=images(16), pipeline=pipeline)
     for image in randn(4, 3, 10, 10, seed=5).split(1):
         assert torch.equal(compiled(image), compiled.reference(image))
@@ -208,7 +205,7 @@ def test_few_bits_become_better() -> None:
         sqnr(want, torch.cat([q(one) for one in x.split(1)]))
         for q in (
             qcompile.quantize(model, calibration=data, config=config, pipeline=pipeline)
-            for pipeline in (plain, *(plain.after("quantize", CorrectBias(m)) for m in ("analytic", "empirical")))
+            for pipeline in (plain, *(plain.after("quantize", step) for step in (ANALYTIC, EMPIRICAL)))
         )
     ]
     assert found[0] < found[1] < found[2]
