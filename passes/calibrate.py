@@ -6,6 +6,7 @@ of them measured (see `qcompile.distributed`).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,11 +55,15 @@ class Calibrate(Pass):
         length = length_hint(context.calibration, -1)
         total = length if length >= 0 else None
         together = processes()
+        observers = [module for module in program.graph_module.modules() if isinstance(module, Observer)]
+        kept: list[list[list[Tensor]]] = []
         with together.succeed("calibration"):
-            samples = self._feed(program, context, total)
-        for module in program.graph_module.modules():
-            if isinstance(module, Observer):
-                module.merge(together)
+            samples = self._feed(program, context, observers, kept, total)
+        for observer in observers:
+            observer.merge(together)
+        if context.config.kept_samples:
+            pieces = [inputs for batch in together.in_turn(kept) for inputs in batch]
+            context.samples = _first(program.inputs, pieces, context.config.kept_samples)
         count = int(together.sum(torch.tensor(samples, dtype=torch.float64)))
         if count < FEW_SAMPLES:
             warnings.warn(
@@ -69,20 +74,50 @@ class Calibrate(Pass):
             )
         return False
 
-    def _feed(self, program: Program, context: Context, total: int | None) -> int:
-        """Run all batches; returns how many samples they held."""
+    def _feed(
+        self,
+        program: Program,
+        context: Context,
+        observers: list[Observer],
+        kept: list[list[list[Tensor]]],
+        total: int | None,
+    ) -> int:
+        """Run all batches; returns how many samples they held. The pieces of the first batches are `kept`."""
         done = samples = 0
         for index, batch in enumerate(context.calibration or ()):
-            for inputs in check_batch(program.inputs, batch, f"calibration batch {index}"):
+            pieces = list(check_batch(program.inputs, batch, f"calibration batch {index}"))
+            if samples < context.config.kept_samples:  # copies: the memory may be the next batch's too
+                kept.append([[x.clone() for x in inputs] for inputs in pieces])
+            for number, inputs in enumerate(pieces):
+                for observer in observers:
+                    observer.continues = number > 0
                 program(*inputs)
-                if samples < context.config.kept_samples:
-                    context.samples.append(inputs)
-                samples += len(inputs[0]) if inputs and inputs[0].dim() else 1
+                samples += count_samples(inputs)
             done = index + 1
             context.report("calibrate", done, total)
         if done == 0:
             raise empty()
         return samples
+
+
+def count_samples(inputs: list[Tensor]) -> int:
+    """How many samples the inputs of a call hold."""
+    return len(inputs[0]) if inputs and inputs[0].dim() else 1
+
+
+def _first(specs: tuple[InputSpec, ...], pieces: list[list[Tensor]], most: int) -> list[list[Tensor]]:
+    """The first `most` samples; a few more where the batch is static and must not be cut."""
+    first: list[list[Tensor]] = []
+    batch, *others = {spec.shape[0] if spec.shape else 1 for spec in specs}
+    smallest = batch[1] if not others and isinstance(batch, tuple) else math.inf
+    for inputs in pieces:
+        size = count_samples(inputs)
+        if most <= 0:
+            break
+        cut = smallest <= most < size
+        first.append([x[:most].clone() for x in inputs] if cut else inputs)
+        most -= size
+    return first
 
 
 def check_batch(specs: tuple[InputSpec, ...], batch: Any, place: str) -> Iterator[list[Tensor]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from qcompile.distributed import processes
 from qcompile.errors import CalibrationError, ConfigError
 from qcompile.ir import Program, Property
 from qcompile.passes.base import Context, Pass
-from qcompile.passes.calibrate import check_batch
+from qcompile.passes.calibrate import check_batch, count_samples
 
 _LITTLE = 1e-3  # a logarithm of a factor that is not worth a change
 
@@ -40,7 +41,7 @@ class Smooth(Pass):
 
     Attributes:
         alpha: how much of the unevenness goes to the weights, 0 to 1.
-        samples: how many samples of the calibration data are measured (each process its own).
+        samples: how many samples of the calibration data are measured, in all processes together.
 
     Raises:
         ConfigError: alpha or samples is out of its range.
@@ -94,22 +95,29 @@ def _measure(program: Program, context: Context, links: list[Link], samples: int
     together = processes()
     recorder = _Recorder(program, links)
     with together.succeed("smoothing"):
-        for done, inputs in enumerate(_first(program, context.calibration, samples), 1):
-            recorder.run(*inputs)
-            context.report("measure channels", done, None)
-        if not recorder.maxima:
+        mine = list(_first(program, context.calibration, samples))
+        if not mine:
             raise empty()
-    for name, value in recorder.maxima.items():
-        context.maxima[name] = together.largest_each(value)
+    sizes = together.in_turn([(together.rank, sum(map(count_samples, batch))) for batch in mine])
+    before = list(accumulate((size for _, size in sizes), initial=0))  # samples in front of each batch
+    counted = sum(rank == together.rank and taken < samples for (rank, _), taken in zip(sizes, before, strict=False))
+    with together.succeed("smoothing"):
+        for done, batch in enumerate(mine[:counted], 1):
+            for inputs in batch:
+                recorder.run(*inputs)
+            context.report("measure channels", done, counted)
+    for each in links:
+        nothing = torch.zeros(len(weight_of(program, each.maker)), dtype=torch.float64)
+        context.maxima[each.maker.name] = together.largest_each(recorder.maxima.get(each.maker.name, nothing))
 
 
-def _first(program: Program, data: Batches, samples: int) -> Iterator[list[Tensor]]:
-    """The inputs of the first `samples` samples, or a few more: what is left of their batch."""
+def _first(program: Program, data: Batches, samples: int) -> Iterator[list[list[Tensor]]]:
+    """Batches, each as the pieces that the model takes, until there are `samples` samples."""
     taken = 0
     for index, batch in enumerate(data.ahead()):
-        for inputs in check_batch(program.inputs, batch, f"calibration batch {index}"):
-            yield inputs
-            taken += len(inputs[0]) if inputs and inputs[0].dim() else 1
+        pieces = list(check_batch(program.inputs, batch, f"calibration batch {index}"))
+        yield pieces
+        taken += sum(map(count_samples, pieces))
         if taken >= samples:
             return
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qcompile.errors import CalibrationError, QcompileError
 
@@ -62,15 +63,15 @@ class Batches:
         return batch
 
     def ahead(self) -> Iterator[Any]:
-        """The batches from here on, which will be read again; each that is taken from this is kept until then."""
+        """Copies of the batches from here on, which will be read again; each that is taken is kept until then."""
         yield from tuple(self._waiting)
         while True:
             try:
                 batch = self._read()
             except StopIteration:
                 return
-            self._waiting.append(batch)
-            yield batch
+            self._waiting.append(_copied(batch))  # its memory may be the next one's too
+            yield self._waiting[-1]
 
     def first(self) -> Any:
         """The first batch, which will be read again.
@@ -81,6 +82,11 @@ class Batches:
         for batch in self.ahead():
             return batch
         raise empty()
+
+
+def _copied(batch: Any) -> Any:
+    copied = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), batch)
+    return pytree.tree_map_only(np.ndarray, np.copy, copied)
 
 
 def empty() -> CalibrationError:

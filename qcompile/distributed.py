@@ -1,7 +1,8 @@
 """Calibration spread over several processes: what they measured is brought together by torch.distributed.
 
 Each process calibrates on its own part of the data; process r of n holds the batches r, r + n, r + 2n, ... of the
-whole, as `torch.utils.data.DistributedSampler` deals them out. All processes must compile the same model.
+whole. (`torch.utils.data.DistributedSampler` deals out samples, so that batches are others than those of one process.)
+All processes must compile the same model.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qcompile.errors import CalibrationError
+
+_Item = TypeVar("_Item")
 
 
 class Processes(ABC):
@@ -38,6 +43,15 @@ class Processes(ABC):
     @abstractmethod
     def largest_each(self, value: Tensor) -> Tensor:
         """The largest of their values, element by element: tensors of one type and shape."""
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """What each of them gives, by rank; all must be able to import what it consists of."""
+
+    def in_turn(self, dealt: list[_Item]) -> list[_Item]:
+        """What was dealt out to all of them, in its order before."""
+        rounds = zip_longest(*([(item,) for item in held] for held in self.gather(dealt)), fillvalue=())
+        return [item for turn in rounds for given in turn for item in given]
 
     def largest(self, value: float) -> float:
         """The largest `value` that any of them gives."""
@@ -73,6 +87,9 @@ class _Alone(Processes):
     def largest_each(self, value: Tensor) -> Tensor:
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
 
 class _Group(Processes):
     """The default process group."""
@@ -89,6 +106,11 @@ class _Group(Processes):
 
     def largest_each(self, value: Tensor) -> Tensor:
         return self._reduced(value, dist.ReduceOp.MAX)
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
 
     def _reduced(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         together = value.to(self._device, copy=True)

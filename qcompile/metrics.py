@@ -116,7 +116,7 @@ class Agreement:
                 remedy="pass evaluation=an iterable of inputs that calibration does not use, or a metric of your own",
             )
         pieces = (check_batch(program.inputs, b, f"evaluation batch {i}") for i, b in enumerate(Batches(data)))
-        self._inputs = [inputs for piece in pieces for inputs in piece]
+        self._inputs = [[x.clone() for x in inputs] for piece in pieces for inputs in piece]  # memory may come again
         if not self._inputs:
             raise ConfigError(
                 "the held-out data are empty",

@@ -42,12 +42,18 @@ def qparams_from_range(low: float, high: float) -> QParams:
 
 
 class Observer(nn.Module, ABC):
-    """Watches one activation. `finite` turns False once a value is NaN, infinite or enormous."""
+    """Watches one activation.
+
+    Attributes:
+        finite: turns False once a value is NaN, infinite or enormous.
+        seen: whether there was a value.
+        continues: whether what comes next is of the batch before: one that is too large for the model comes in pieces.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.finite = True
-        self.seen = False
+        self.seen = self.continues = False
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() and type(x) is Tensor:  # not while shapes are being inferred
@@ -61,7 +67,7 @@ class Observer(nn.Module, ABC):
 
     @abstractmethod
     def observe(self, x: Tensor, low: float, high: float) -> None:
-        """Take in one batch, whose extremes are `low` and `high`."""
+        """Take in one batch, or a piece of one, whose extremes are `low` and `high`."""
 
     def merge(self, processes: Processes) -> None:
         """Take in what the observers in the place of this one measured in the other processes."""
@@ -105,13 +111,18 @@ class MovingAverage(Observer):
         super().__init__()
         self.weight, self._rank, self._count = weight, processes.rank, processes.count
         self._taken = 0
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = self._before = torch.zeros(3, dtype=torch.float64)  # with the last batch, and without
+        self._last = math.inf, -math.inf
 
     def observe(self, x: Tensor, low: float, high: float) -> None:
-        weight = 1.0 if self._taken == self._rank == 0 else self.weight
-        self._sums *= (1 - self.weight) ** self._count
-        self._sums += weight * torch.tensor([low, high, 1.0], dtype=torch.float64)
-        self._taken += 1
+        if self.continues and self._taken:
+            low, high = min(low, self._last[0]), max(high, self._last[1])
+        else:
+            self._taken += 1
+            self._before = self._sums * (1 - self.weight) ** self._count
+        self._last = low, high
+        weight = 1.0 if self._taken == 1 and self._rank == 0 else self.weight
+        self._sums = self._before + weight * torch.tensor([low, high, 1.0], dtype=torch.float64)
 
     def _merge(self, processes: Processes) -> None:
         last = (self._taken - 1) * self._count + self._rank if self._taken else -1

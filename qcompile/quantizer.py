@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from qcompile.batches import Batches
 from qcompile.capture import capture
 from qcompile.config import QuantConfig
+from qcompile.distributed import processes
 from qcompile.errors import CalibrationError, ConfigError, PipelineError, TargetError
 from qcompile.inputs import arrange, check_first_batch, is_empty, unflatten, warn_of_surplus
 from qcompile.ir import LedgerRow, Program, Property, Stage, source
@@ -167,12 +168,14 @@ def prepared(
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise ConfigError(f"the config is a {type(config).__name__}", remedy="pass config=qcompile.QuantConfig(...)")
+    _check_measured(config)
     has_example = not is_empty(example_inputs) or isinstance(model, ExportedProgram)
     if calibration is None and not has_example and (pipeline is None or _calibrates(pipeline)):
         raise _no_calibration()
     batches = None if calibration is None else Batches(calibration)
     if batches is not None and not has_example:
-        example_inputs = batches.first()
+        with processes().succeed("reading the first batch"):
+            example_inputs = batches.first()
         if isinstance(model, nn.Module):
             check_first_batch(model, example_inputs)
     program = capture(model, example_inputs, dynamic_shapes)
@@ -188,6 +191,21 @@ def prepared(
     if batches is None and config.activations == "static" and _calibrates(passes):
         raise _no_calibration()
     return program, Context(config, batches, progress, objection=objection), passes
+
+
+def _check_measured(config: QuantConfig) -> None:
+    """Refuse what says how to measure activations where no layer has a scale that is measured."""
+    each = [config.activations, *(options.get("activations") for options in config.overrides.values())]
+    if "static" in each:
+        return
+    said = {"preset": config.preset, "observer": config.observer if config.observer != "minmax" else None}
+    for name, value in said.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} is {value!r}, and no layer has activations='static'",
+                where=name,
+                remedy=f"leave {name} out, or give some layers static activations (overrides)",
+            )
 
 
 def _calibrates(pipeline: Iterable[Pass]) -> bool:

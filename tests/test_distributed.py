@@ -17,29 +17,44 @@ from passing import network, randn
 import qcompile
 from qcompile.config import OBSERVERS
 from qcompile.passes import default_pipeline
+from qcompile.passes.correct_bias import CorrectBias
 from qcompile.passes.smooth import Smooth
 
 rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 torch.set_num_threads(1)
 if count > 1:
     torch.distributed.init_process_group("gloo")
-batches = [(1 + i % 3) * randn(2, 3, 10, 10, seed=i) for i in range(9)]
+example = randn(2, 3, 10, 10)
+batches = [(1 + i % 3) * randn(2 + 2 * (i % 2), 3, 10, 10, seed=i) for i in range(13)]  # 38 samples, in pieces of 2
 if sys.argv[3] == "bad" and rank == 1:
     batches[rank][0, 0, 0, 0] = float("nan")
 found = {}
 for observer in OBSERVERS:
     config = qcompile.QuantConfig(observer)
     try:
-        program = qcompile.quantize(network(), calibration=batches[rank::count], config=config).program
+        program = qcompile.quantize(
+            network(), calibration=batches[rank::count], config=config, example_inputs=example
+        ).program
     except qcompile.QcompileError as error:
         found[observer] = str(error)
         break
     x = randn(2, 3, 10, 10, seed=99)
     found[observer] = [float(v) for v in program(x)[0].flatten()]
 else:
-    pipeline = default_pipeline().after("fold_batchnorm", Smooth(samples=18))
-    smoothed = qcompile.quantize(network(), calibration=batches[rank::count], pipeline=pipeline)
-    found["smooth"] = [float(v) for v in smoothed(x).flatten()]
+    default = default_pipeline()
+    for name, preset, pipeline in (
+        ("smooth", None, default.after("fold_batchnorm", Smooth(samples=7))),
+        ("balanced", "balanced", None),
+        ("correct_bias", None, default.after("quantize", CorrectBias())),
+    ):
+        quantized = qcompile.quantize(
+            network(),
+            calibration=batches[rank::count],
+            example_inputs=example,
+            config=qcompile.QuantConfig(preset=preset),
+            pipeline=pipeline,
+        )
+        found[name] = [float(v) for v in quantized(x).flatten()]
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
     json.dump(found, file)
 if count > 1:

@@ -91,6 +91,9 @@ class _Simulated(Processes):
     def largest_each(self, value: Tensor) -> Tensor:
         raise AssertionError("observers do not ask for this")
 
+    def gather(self, value: Any) -> list[Any]:
+        raise AssertionError("observers do not ask for this")
+
     def sum(self, value: Tensor) -> Tensor:
         self.asked.append((lambda values: torch.stack(list(values)).sum(0), value))
         return self._answer()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from passing import randn, randomize, run_until
+from passing import network, randn, randomize, run_until
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +15,8 @@ from qcompile.config import QuantConfig
 from qcompile.errors import CalibrationError, CalibrationWarning
 from qcompile.ir import Program
 from qcompile.observers import Observer
+from qcompile.passes import Context, default_pipeline
+from qcompile.passes.smooth import Smooth
 from qcompile.quantizer import quantize
 
 
@@ -39,6 +41,12 @@ def test_minmax_spans_all_batches() -> None:
 def test_moving_average_follows_the_batches() -> None:
     config = QuantConfig("moving_average", averaging=0.5)
     assert first_range(calibrated([torch.full((2, 3), v) for v in (4.0, 8.0)], config))[1] == pytest.approx(6, rel=0.01)
+
+
+def test_a_batch_in_pieces_counts_once_for_the_moving_average() -> None:
+    config = QuantConfig("moving_average", averaging=0.5)
+    batches = [torch.cat([torch.full((2, 3), v) for v in values]) for values in ((4.0, 1.0), (2.0, 8.0))]
+    assert first_range(calibrated(batches, config))[1] == pytest.approx(6, rel=0.01)
 
 
 def test_percentile_leaves_out_the_outlier() -> None:
@@ -92,6 +100,31 @@ def test_a_label_is_never_taken_for_an_optional_input() -> None:
 def test_more_examples_than_inputs_are_not_dropped_in_silence() -> None:
     with pytest.warns(CalibrationWarning, match=r"inputs \(input\); .* the last 2 values"):
         quantize(nn.ReLU(), calibration=[randn(2, 3)], example_inputs=(randn(2, 3), randn(2, 3), 7))
+
+
+def test_one_buffer_for_all_batches_gives_what_a_list_gives() -> None:
+    buffer, own = torch.empty(1, 3, 10, 10), [randn(1, 3, 10, 10, seed=i) for i in range(32)]
+
+    def refilled() -> Iterator[Tensor]:
+        for batch in own:
+            yield buffer.copy_(batch)
+
+    for pipeline in (None, default_pipeline().after("fold_batchnorm", Smooth(samples=8))):
+        config = QuantConfig(preset="balanced") if pipeline is None else None
+        options: dict[str, Any] = {"config": config, "pipeline": pipeline}
+        from_list = quantize(network(), calibration=own, **options)
+        assert torch.equal(quantize(network(), calibration=refilled(), **options)(own[3]), from_list(own[3]))
+
+
+def test_of_a_large_batch_only_the_samples_that_are_asked_for_are_kept() -> None:
+    dynamic = ({0: torch.export.Dim("batch", max=64)},)
+    x = randn(50, 3)
+    program = run_until("fold_batchnorm", nn.Sequential(nn.Linear(3, 3)), (x[:2],), dynamic_shapes=dynamic)
+    context = Context(QuantConfig(preset="balanced"), [(x[:20],), (x[20:],)])
+    for step in default_pipeline():
+        if step.name in ("insert_observers", "calibrate"):
+            step.run(program, context)
+    assert torch.equal(torch.cat([sample for (sample,) in context.samples]), x[:32])
 
 
 def test_what_is_no_input_is_named() -> None:
