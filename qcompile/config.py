@@ -81,12 +81,14 @@ class QuantConfig:
         size = self.group_size
         if size is not None and (type(size) is not int or size < 8 or size % 8):
             raise ConfigError(f"group_size is {size!r}", remedy="use a multiple of 8, such as 32, 64 or 128")
-        if isinstance(self.exclude, (str, type)) or not _all_selectors(self.exclude):
+        if isinstance(self.exclude, Iterable) and not isinstance(self.exclude, (str, type)):
+            object.__setattr__(self, "exclude", tuple(self.exclude))
+        if not isinstance(self.exclude, tuple) or not _all_selectors(self.exclude):
             raise ConfigError(
                 f"exclude is {self.exclude!r}", remedy="give a tuple of module path patterns, such as ('head',)"
             )
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        if not isinstance(self.overrides, Mapping) or not _all_selectors(self.overrides):
+        nested = isinstance(self.overrides, Mapping) and all(isinstance(v, Mapping) for v in self.overrides.values())
+        if not nested or not _all_selectors(self.overrides):
             raise ConfigError(
                 f"overrides is {self.overrides!r}",
                 remedy="give a dict such as {'head': {'observer': 'percentile'}}",
@@ -178,7 +180,7 @@ class QuantConfig:
 
 
 def _one_of(name: str, value: Any, known: Collection[str]) -> None:
-    if value not in known:
+    if value not in list(known):  # a list asks for equality alone: the value may not be hashable
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"did you mean {near[0]}? There are" if near else "use one of"
         raise ConfigError(f"unknown {name} {value!r}", remedy=f"{hint} {', '.join(known)}")
@@ -189,5 +191,5 @@ def _in_range(name: str, value: float | None, above: float, most: float, allowed
         raise ConfigError(f"{name} is {value!r}", remedy=f"use a value {allowed}")
 
 
-def _all_selectors(values: Any) -> bool:
-    return isinstance(values, Iterable) and all(map(selectors.is_selector, values))
+def _all_selectors(values: Iterable[Any]) -> bool:
+    return all(map(selectors.is_selector, values))

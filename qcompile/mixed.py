@@ -110,7 +110,8 @@ class _Search:
         choices = Choices(tuple(rows), self.max_drop, self.float_metric, int8.metric, found.metric, times[0], times[1])
         if not choices.met:
             warnings.warn(
-                f"the metric drops by {choices.drop:.4g}, not by at most {self.max_drop:g}, whatever stays float; "
+                f"the metric drops by {choices.drop:.4g}, not by at most {self.max_drop:g}, "
+                f"whichever of the {len(self.groups)} layers that could stay float do; "
                 f"it is {self.float_metric:.4g} of the float model, and {found.metric:.4g} at best",
                 AccuracyWarning,
                 stacklevel=4,

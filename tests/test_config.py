@@ -115,6 +115,9 @@ def test_layers_are_excluded_by_type() -> None:
         ({"overrides": {"a": {"observer": "best"}}}, "unknown observer 'best'"),
         ({"overrides": {5: {"observer": "mse"}}}, "overrides is"),
         ({"overrides": ["a"]}, "overrides is"),
+        ({"overrides": {"a": "percentile"}}, "overrides is"),
+        ({"overrides": {"a": 5}}, "overrides is"),
+        ({"preset": ["fast"]}, r"unknown preset \['fast'\]"),
         ({"exclude": "head"}, "exclude is 'head'"),
         ({"exclude": (nn.Linear, 3)}, "exclude is"),
     ],
@@ -122,6 +125,19 @@ def test_layers_are_excluded_by_type() -> None:
 def test_what_contradicts_itself_is_refused_when_it_is_made(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig(**options)
+
+
+def test_patterns_may_come_from_a_generator() -> None:
+    assert QuantConfig(exclude=(name for name in ("head", "stem"))).exclude == ("head", "stem")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"preset": "best"}, {"observer": "mse"}])
+def test_how_to_measure_is_refused_where_nothing_is_measured(options: dict[str, Any]) -> None:
+    for activations in ("dynamic", "float"):
+        with pytest.raises(ConfigError, match="no layer has activations='static'"):
+            qcompile.quantize(network(), calibration=images(2), config=QuantConfig(activations=activations, **options))
+        mixed = QuantConfig(activations=activations, overrides={nn.Conv2d: {"activations": "static"}}, **options)
+        assert qcompile.quantize(network(), calibration=images(2), config=mixed).coverage
 
 
 @pytest.mark.parametrize(

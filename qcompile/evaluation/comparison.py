@@ -62,6 +62,9 @@ def evaluate(
             f"the compiled model is a {type(compiled).__name__}",
             remedy="pass what qcompile.compile or qcompile.load returned",
         )
+    if labels == "":
+        remedy = "give True, or the name of the output that they are for"
+        raise ConfigError("labels is ''", where="labels", remedy=remedy)
     for name, value in (("layers", layers), ("blocks", blocks)):
         if not isinstance(value, int) or value < 0:
             raise ConfigError(f"{name} is {value!r}", where=name, remedy="give a whole number, 0 or more")

@@ -111,7 +111,7 @@ def shifted(piece: Piece, name: str, shift: Shift) -> Piece:
         if not x.is_floating_point():
             return x
         try:
-            y = shift(x)
+            y = shift(x.clone())  # a shift may work in place
         except Exception as error:
             raise InputError(
                 f"the shift {name!r} raised {type(error).__name__}: {error}",

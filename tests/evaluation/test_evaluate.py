@@ -239,6 +239,7 @@ def test_each_of_several_outputs_is_compared_and_named() -> None:
     pairs = [(x, model(x)["rest"][1]) for x in data]
     scored = qcompile.evaluate(compiled, model, pairs, labels="rest.0", blocks=0)
     assert scored.float_accuracy == 1.0
+    assert "labels is ''" in str(refusal(compiled, model, pairs, labels=""))
     assert "has no output 'scores'" in str(refusal(compiled, model, pairs, labels="scores"))
     assert "which holds no scores" in str(refusal(compiled, model, pairs, labels="rest.2"))
 

@@ -73,8 +73,10 @@ def test_evaluation_under_shifts() -> None:
     blurred = qcompile.evaluate(compiled, model, [shifts.blur(x) for x in data], blocks=0)
     assert found.shifts["blur"] == blurred.quality
     assert "less contrast" in str(found)
-    own = qcompile.evaluate(compiled, model, data, robustness={"half": lambda x: x / 2}, blocks=0)
-    assert own.shifts["half"] == qcompile.evaluate(compiled, model, [x / 2 for x in data], blocks=0).quality
+    halves = {"half": lambda x: x / 2, "in place": lambda x: x.mul_(0.5), "again": lambda x: x.mul_(0.5)}
+    own = qcompile.evaluate(compiled, model, data, robustness=halves, blocks=0)
+    half = qcompile.evaluate(compiled, model, [x / 2 for x in data], blocks=0).quality
+    assert list(own.shifts.values()) == [half] * 3
 
 
 def test_the_note_says_why_there_is_only_noise() -> None:
