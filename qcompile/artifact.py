@@ -12,7 +12,7 @@ See `qcompile.container` for the file, its checks and what they do and do not pr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -178,18 +178,23 @@ class Artifact(NamedTuple):
             ) from error
 
     @staticmethod
-    def load(path: str | Path) -> Artifact:
+    def load(path: str | Path, meanwhile: Callable[[], object] | None = None) -> Artifact:
         """Read a `.qcm` file: its bytes are mapped, and all of them are checked. Loads no code.
+
+        Args:
+            meanwhile: called while most of the bytes are being checked.
 
         Raises:
             ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
         """
-        return Artifact.from_bytes(container.map_file(os.fspath(path)), where=str(path))
+        return Artifact.from_bytes(container.map_file(os.fspath(path)), where=str(path), meanwhile=meanwhile)
 
     @staticmethod
-    def from_bytes(data: container.Buffer, *, where: str = "bytes") -> Artifact:
+    def from_bytes(
+        data: container.Buffer, *, where: str = "bytes", meanwhile: Callable[[], object] | None = None
+    ) -> Artifact:
         """The inverse of `to_bytes`; constants stay views into `data`. Raises ArtifactError as `load` does."""
-        manifest, members = container.decode(memoryview(data), where)
+        manifest, members = container.decode(memoryview(data), where, meanwhile)
         try:
             return _artifact(manifest, members)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:

@@ -21,7 +21,8 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,11 @@ def map_file(path: str) -> memoryview:
         ) from error
 
 
-def decode(whole: memoryview, where: str) -> tuple[dict[str, Any], dict[str, memoryview]]:
-    """The manifest and the other members (views into `whole`), every byte checked.
+def decode(
+    whole: memoryview, where: str, meanwhile: Callable[[], object] | None = None
+) -> tuple[dict[str, Any], dict[str, memoryview]]:
+    """The manifest and the other members (views into `whole`), every byte checked. `meanwhile` is called while another
+    core hashes the largest member.
 
     Raises:
         ArtifactError: it is not an artifact, is truncated or altered, or has a newer format.
@@ -176,10 +180,34 @@ def decode(whole: memoryview, where: str) -> tuple[dict[str, Any], dict[str, mem
             "the artifact is damaged: its manifest or table of contents", where=where, remedy=_COPY_AGAIN
         )
     members = {name: whole[begin:end] for name, (begin, end) in spans.items()}
-    for name, data in members.items():
-        if _digest([data]) != digests[name]:
-            raise ArtifactError(f"the artifact is damaged: member {name}", where=where, remedy=_COPY_AGAIN)
+    damaged = _damaged(members, digests, meanwhile)
+    if damaged:
+        raise ArtifactError(f"the artifact is damaged: member {damaged[0]}", where=where, remedy=_COPY_AGAIN)
     return manifest, members
+
+
+def _damaged(
+    members: Mapping[str, Buffer], digests: Mapping[str, str], meanwhile: Callable[[], object] | None
+) -> list[str]:
+    """The members that have other digests."""
+    rest, damaged = sorted(members, key=lambda name: len(members[name])), []
+
+    def check() -> None:
+        with suppress(IndexError):  # the other thread took the last one
+            while True:
+                name = rest.pop()
+                if _digest([members[name]]) != digests[name]:
+                    damaged.append(name)
+
+    other = threading.Thread(target=check)
+    other.start()
+    try:
+        if meanwhile is not None:
+            meanwhile()
+        check()
+    finally:
+        other.join()
+    return damaged
 
 
 def _contents(whole: memoryview) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:

@@ -86,7 +86,7 @@ class _Tensor(ctypes.Structure):
 
 
 @cache
-def _library() -> Any:
+def load() -> Any:
     """The functions of libtvm_ffi.so, with TVM's runtime in the process.
 
     Raises:
@@ -131,7 +131,7 @@ class Object:
     def __init__(self, kind: int, handle: int) -> None:
         """Takes over a reference that the caller holds."""
         self.kind, self.handle = kind, handle
-        self._release = _library().TVMFFIObjectDecRef
+        self._release = load().TVMFFIObjectDecRef
 
     def __del__(self) -> None:
         self._release(self.handle)
@@ -166,14 +166,14 @@ class View:
 
 
 def _shared(value: _Value) -> Object:
-    _library().TVMFFIObjectIncRef(value.bits)
+    load().TVMFFIObjectIncRef(value.bits)
     return Object(value.kind, value.bits)
 
 
 def function(name: str) -> Object:
     """One of TVM's global functions."""
     text, handle = name.encode(), c_void_p()
-    _check(_library().TVMFFIFunctionGetGlobal(byref(_Text(_address(text), len(text))), byref(handle)))
+    _check(load().TVMFFIFunctionGetGlobal(byref(_Text(_address(text), len(text))), byref(handle)))
     assert handle.value is not None, name
     return Object(_FIRST_OBJECT, handle.value)
 
@@ -204,7 +204,7 @@ class Call:
                 value.kind, value.bits = _TEXT, _address(text)
             else:
                 value.kind, value.bits = _BOOL if isinstance(argument, bool) else _INT, argument
-        self._call = _library().TVMFFIFunctionCall
+        self._call = load().TVMFFIFunctionCall
         self._parameters = c_void_p(called.handle), values, c_int(len(arguments)), byref(self._result)
 
     def __call__(self) -> Any:
@@ -227,7 +227,7 @@ def tensor(array: np.ndarray) -> Object:
     """A tensor over the numbers of `array`, which it keeps alive. The array must be writable."""
     capsule, handle = array.__dlpack__(), c_void_p()
     managed = _capsule_pointer(capsule, b"dltensor")
-    _check(_library().TVMFFITensorFromDLPack(managed, 0, 0, byref(handle)))
+    _check(load().TVMFFITensorFromDLPack(managed, 0, 0, byref(handle)))
     _capsule_rename(capsule, b"used_dltensor")  # so the protocol says it is no longer the capsule's
     assert handle.value is not None
     return Object(_TENSOR, handle.value)
@@ -255,7 +255,7 @@ def _check(status: int) -> None:
 def _raised() -> RuntimeError:
     """The error that a function of TVM's left."""
     handle = c_void_p()
-    _library().TVMFFIErrorMoveFromRaised(byref(handle))
+    load().TVMFFIErrorMoveFromRaised(byref(handle))
     assert handle.value is not None
     error = Object(_FIRST_OBJECT, handle.value)
     kind, message = (_Text * 2).from_address(error.handle + _CONTENTS)  # TVMFFIErrorCell

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from qcompile import ffi
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
@@ -176,7 +177,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Model:
         ArtifactError: missing, truncated, altered, from a newer format, or not an artifact.
         DeviceError: built for a processor that this one is not.
     """
-    return Model(Artifact.load(path), threads=threads)
+    return Model(Artifact.load(path, meanwhile=ffi.load), threads=threads)
 
 
 def best_variant(artifact: Artifact) -> Variant:
