@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
+from benchmarks.engines.base import ROOT
 from qcompile.device import processor
 
 DOT_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "asimddp", "i8mm")
+
+
+def commit() -> str:
+    """Which commit of this project is measured; "+" where files differ from it."""
+    shown = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return shown.stdout.strip() or "no commit"
 
 
 def machine() -> dict[str, str]:

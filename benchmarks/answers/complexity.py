@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.answers import builds
 from benchmarks.answers.builds import JOINED, ORIGINAL, Build, Original, key
-from benchmarks.answers.figures import COUNT, MEGABYTES, MILLIONS, TEXT, TIMES, Figures, span
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import NAMES
+from benchmarks.figures import COUNT, MEGABYTES, MILLIONS, TEXT, TIMES, Figures, span
 
 MEGA = 1e6
 AFTER = {  # heading -> the pass behind which operators are counted

@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.answers import builds
 from benchmarks.answers.apart import PIPELINES
 from benchmarks.answers.builds import JOINED, ORIGINAL, Build, key
-from benchmarks.answers.figures import COUNT, DECIBELS, MEGABYTES, TEXT, TIMES, Figures, span
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import DIGITS, LITE0, NAMES
+from benchmarks.figures import COUNT, DECIBELS, MEGABYTES, TEXT, TIMES, Figures, span
 from benchmarks.interleave import Measurement, Racer, interleave
 
 MEGA = 1e6

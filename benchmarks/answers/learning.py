@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import qcompile
-from benchmarks.answers.figures import PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from benchmarks.answers.jobs import Job
+from benchmarks.figures import PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from examples import digits
 from examples.digits import CALIBRATION
 from examples.efficientnet_lite0 import load_model

@@ -8,10 +8,10 @@ import torch
 
 import qcompile
 from benchmarks.answers import networks
-from benchmarks.answers.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import DIGITS, LITE0
 from benchmarks.fidelity import fidelity
+from benchmarks.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from examples import digits
 
 BITS = (8, 6, 4, 3, 2)

@@ -6,9 +6,9 @@ from typing import Any
 
 import qcompile
 from benchmarks.answers import networks
-from benchmarks.answers.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import DIGITS, LITE0
+from benchmarks.figures import DECIBELS, PER_CENT, POINTS, TEXT, Figures, mean, span, trainings
 from examples import digits
 
 PRESET = "balanced"

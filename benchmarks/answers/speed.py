@@ -8,9 +8,9 @@ from typing import Any
 
 from benchmarks.answers import builds
 from benchmarks.answers.builds import FLOAT32, JOINED, ORIGINAL, Build, Original, key
-from benchmarks.answers.figures import COUNT, MILLISECONDS, TEXT, TIMES, Figures, span
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import NAMES
+from benchmarks.figures import COUNT, MILLISECONDS, TEXT, TIMES, Figures, span
 from benchmarks.interleave import Racer, interleave, ratio
 
 INT8, OURS, INDUCTOR, EAGER = "qcompile", "qcompile float32", "inductor float", "pytorch float"

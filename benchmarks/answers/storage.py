@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.answers import builds
 from benchmarks.answers.builds import BFLOAT16, FLOAT32, JOINED, ORIGINAL, Build, key
-from benchmarks.answers.figures import MEGABYTES, TEXT, TIMES, Figures
 from benchmarks.answers.jobs import Job
 from benchmarks.answers.networks import LITE0, MLP, NAMES
+from benchmarks.figures import MEGABYTES, TEXT, TIMES, Figures
 
 MEGA = 1e6
 INT8, RATIO = "int8", "float / .qcm"
