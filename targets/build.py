@@ -21,6 +21,7 @@ from qcompile.targets.base import Target
 from qcompile.targets.blame import culprit
 from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.lower import lower
+from qcompile.targets.pipeline import NAME
 from qcompile.targets.workload import Chosen
 
 Progress = Callable[[str], None]
@@ -104,7 +105,8 @@ def compile_module(
     """A Relax module as an executable; `keep_unused`: with the calls whose results nobody reads."""
     first = () if keep_unused else (relax.transform.DeadCodeElimination(["main"]),)
     pipeline = tvm.transform.Sequential([*first, *_PASSES])
-    return relax.build(module, tvm.target.Target(tvm_target), relax_pipeline=pipeline, exec_mode=exec_mode)
+    target = tvm.target.Target(tvm_target)
+    return relax.build(module, target, relax_pipeline=pipeline, tir_pipeline=NAME, exec_mode=exec_mode)
 
 
 def _not_built(program: Program, target: Target, error: Exception) -> BuildError:
