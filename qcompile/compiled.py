@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from qcompile.checks import InputChecker
 from qcompile.choices import Choices
 from qcompile.device import lacks
 from qcompile.errors import DeviceError
-from qcompile.executable import OWNER
+from qcompile.executable import OWNER, pool_size
 from qcompile.ir import Program
 from qcompile.profiling import Profile, profile
 from qcompile.quantizer import Recipe
@@ -74,7 +73,7 @@ class CompiledModel(Model):
 
         def run(*arrays: np.ndarray) -> list[np.ndarray]:
             outputs = self.flat(*arrays)  # checks the inputs, and sets the number of threads
-            threads = self._threads or int(os.environ["TVM_NUM_THREADS"])
+            threads = self._threads or pool_size()
             measure = partial(
                 profile, self.program, self._built_for, self._chosen, self._check(arrays), threads, seconds
             )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # TVM's pool is as large as this variable says when a thread first uses it, and can only be made
 # smaller later. Its own default is half of the cores.
-os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
+os.environ["TVM_NUM_THREADS"] = os.environ.get("TVM_NUM_THREADS") or str(cores())
 # How often an idle worker looks for work before it sleeps: about two milliseconds. TVM's own default keeps
 # the cores busy for a third of a second after each call, and an ending process waiting for as long.
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
@@ -85,15 +85,29 @@ def check_threads(count: Any) -> None:
         raise ConfigError(f"threads is {count!r}", where="threads", remedy="give 1 or more, or None for all cores")
 
 
+def pool_size() -> int:
+    """How many threads a pool has at most: TVM_NUM_THREADS, or all cores.
+
+    Raises:
+        ConfigError: TVM_NUM_THREADS is no number of threads.
+    """
+    text = os.environ["TVM_NUM_THREADS"]
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"it is {text!r}", where="TVM_NUM_THREADS", remedy="set it to 1 or more, or leave it unset for all cores"
+        )
+    return int(text)
+
+
 def set_threads(count: int | None) -> None:
     """How many threads the calling thread's next kernels use; None: all of the pool.
 
     Raises:
-        ConfigError: more than the pool has.
+        ConfigError: more than the pool has, or TVM_NUM_THREADS is no number of threads.
     """
-    if getattr(_state, "threads", None) == count:
+    if getattr(_state, "threads", 0) == count:
         return
-    wanted = int(os.environ["TVM_NUM_THREADS"]) if count is None else count
+    wanted = pool_size() if count is None else count
     ffi.call(ffi.function("runtime.config_threadpool"), _BIG_CORES, wanted)
     if (largest := ffi.call(ffi.function("runtime.NumThreads"))) != wanted:
         _state.threads = largest

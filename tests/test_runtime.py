@@ -181,6 +181,33 @@ assert one.selftest().passed and ffi.call(ffi.function("runtime.NumThreads")) ==
     _python(artifact, code, {"TVM_NUM_THREADS": "2"})
 
 
+def test_an_empty_variable_means_all_cores(artifact: Artifact) -> None:
+    code = """
+import sys
+from qcompile import device, ffi
+from qcompile.runtime import load
+assert load(sys.argv[1]).selftest().passed
+print(ffi.call(ffi.function("runtime.NumThreads")) == device.cores())
+"""
+    assert _python(artifact, code, {"TVM_NUM_THREADS": ""}) == "True\n"
+
+
+@pytest.mark.parametrize("text", ["all", "0", "-1", "1.5"])
+def test_a_variable_that_is_no_number_of_threads_is_named(text: str, artifact: Artifact) -> None:
+    code = """
+import sys
+from qcompile.errors import ConfigError
+from qcompile.runtime import load
+try:
+    load(sys.argv[1]).selftest()
+except ConfigError as error:
+    print(error)
+"""
+    said = _python(artifact, code, {"TVM_NUM_THREADS": text})
+    assert f"it is '{text}'" in said
+    assert "TVM_NUM_THREADS" in said
+
+
 @pytest.mark.parametrize("threads", [0, "2", 1.5, True], ids=repr)
 def test_a_number_of_threads_that_is_none_is_refused(artifact: Artifact, threads: Any) -> None:
     with pytest.raises(ConfigError, match=f"threads is {threads!r}"):
