@@ -224,9 +224,11 @@ def tune(
     from qcompile.targets import get
     from qcompile.targets.capability import objection
     from qcompile.targets.tune import tune as tune_kernels
+    from qcompile.targets.tune import where_to_measure
     from qcompile.tuning import Tuning
 
     where, tuning = get(target), Tuning(database, device=device)
+    where_to_measure(where, tuning, threads)  # it is better to know before calibrating
     program, batches = read_model(model, batch, calibration)
     found: list[Any] = []
     try:

@@ -19,7 +19,8 @@ from qcompile.artifact import Artifact, PassRow, Variant
 from qcompile.compiled import CompiledModel
 from qcompile.config import QuantConfig
 from qcompile.coverage import coverage_rows, refuse_float
-from qcompile.executable import check_threads
+from qcompile.device import lacks
+from qcompile.executable import check_threads, pool_size
 from qcompile.golden import golden_cases, tolerance
 from qcompile.metrics import Agreement, Checked, Metric
 from qcompile.ops.real import BFLOAT16
@@ -84,7 +85,7 @@ def compile(
         QcompileError: every mistake has its subclass, see `qcompile.errors`.
     """
     where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
-    check_threads(threads)
+    check_threads(threads, None if lacks(where.machine, where.features) else pool_size())
     metrics.check(max_accuracy_drop, metric, evaluation, strict)
     if max_accuracy_drop is not None or numerics != "int8":
         numbers.refuse_int8(model, "numerics" if max_accuracy_drop is None else "max_accuracy_drop")

@@ -27,7 +27,7 @@ os.environ["TVM_NUM_THREADS"] = os.environ.get("TVM_NUM_THREADS") or str(cores()
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
 
 _CPU, _POOLED_ALLOCATOR = 1, 2
-_BIG_CORES = 1  # threading.AffinityMode in TVM: the fastest cores first
+BIG_CORES = 1  # threading.AffinityMode in TVM: the fastest cores first
 _state = threading.local()  # the thread pool and its size belong to the calling thread
 _Result = TypeVar("_Result")
 
@@ -75,18 +75,26 @@ OWNER = Owner()
 os.register_at_fork(after_in_child=OWNER.after_fork)
 
 
-def check_threads(count: Any) -> None:
-    """Refuse a number of threads that is none.
+def check_threads(count: Any, most: int | None = None) -> None:
+    """Refuse a number of threads that is none, or more than `most`, where a pool is known to have so many.
 
     Raises:
-        ConfigError: `count` is neither a whole number from 1 on nor None.
+        ConfigError: `count` is neither a whole number from 1 on nor None, or too large.
     """
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+    if count is None:
+        return
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ConfigError(f"threads is {count!r}", where="threads", remedy="give 1 or more, or None for all cores")
+    if most is not None and count > most:
+        raise ConfigError(
+            f"{count} threads were asked for, and TVM's pool has {most}",
+            where="threads",
+            remedy=f"ask for 1 to {most}, or set TVM_NUM_THREADS where the model runs, before it first does",
+        )
 
 
 def pool_size() -> int:
-    """How many threads a pool has at most: TVM_NUM_THREADS, or all cores.
+    """How many threads TVM's pool has: TVM_NUM_THREADS, or all cores.
 
     Raises:
         ConfigError: TVM_NUM_THREADS is no number of threads.
@@ -108,14 +116,9 @@ def set_threads(count: int | None) -> None:
     if getattr(_state, "threads", 0) == count:
         return
     wanted = pool_size() if count is None else count
-    ffi.call(ffi.function("runtime.config_threadpool"), _BIG_CORES, wanted)
-    if (largest := ffi.call(ffi.function("runtime.NumThreads"))) != wanted:
-        _state.threads = largest
-        raise ConfigError(
-            f"{wanted} threads were asked for, and TVM's pool has {largest}",
-            where="threads",
-            remedy=f"ask for 1 to {largest}, or set TVM_NUM_THREADS before the first model runs",
-        )
+    ffi.call(ffi.function("runtime.config_threadpool"), BIG_CORES, wanted)
+    _state.threads = ffi.call(ffi.function("runtime.NumThreads"))
+    check_threads(count, _state.threads)
     _state.threads = count
 
 

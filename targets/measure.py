@@ -18,13 +18,15 @@ import tvm
 from safetensors.numpy import load_file
 from tvm import relax, rpc
 
+from qcompile.errors import ConfigError
+from qcompile.executable import BIG_CORES, set_threads
 from qcompile.targets.build import compile_module, link
 
 BLOCK_SECONDS = 0.004  # of calls, for one figure
 FIRST_ROUNDS, FINALISTS = 3, 6
 FINAL_ROUNDS, UNDISTURBED = 15, 4  # of which the fastest so many count
 SESSION_SECONDS = 600  # after which a device drops us
-_BIG_CORES = 1  # threading.AffinityMode in TVM
+_MANY = 1 << 16  # threads; TVM takes as many as its pool has
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,32 @@ class _Device:
         return float(machine.time_evaluator("main", self._cpu, number=number, repeat=1)(*arguments).mean)
 
 
+def pool_of(remote: Remote) -> int:
+    """How many threads a call can use on the device."""
+    return _use(_session(remote), _MANY)
+
+
 @contextmanager
 def _device(threads: int, remote: Remote | None) -> Iterator[_Device]:
     if remote is None:
-        tvm.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+        set_threads(threads)
         yield _Device()
         return
-    session = rpc.connect_tracker(remote.host, remote.port).request(remote.key, session_timeout=SESSION_SECONDS)
-    session.get_function("runtime.config_threadpool")(_BIG_CORES, threads)
+    session = _session(remote)
+    if (used := _use(session, threads)) != threads:
+        raise ConfigError(
+            f"{used} threads are used of the {threads} that were asked for",
+            where=str(remote),
+            remedy=f"start its server with TVM_NUM_THREADS={threads}",
+        )
     yield _Device(session)
+
+
+def _session(remote: Remote) -> Any:
+    return rpc.connect_tracker(remote.host, remote.port).request(remote.key, session_timeout=SESSION_SECONDS)
+
+
+def _use(session: Any, threads: int) -> int:
+    """Ask for so many threads; returns how many it will be."""
+    session.get_function("runtime.config_threadpool")(BIG_CORES, threads)
+    return int(session.get_function("runtime.NumThreads")())

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from qcompile.device import cores, lacks, processor
 from qcompile.errors import BuildError, ConfigError, DeviceError
-from qcompile.executable import check_threads
+from qcompile.executable import check_threads, pool_size
 from qcompile.ir import Program, source, where
 from qcompile.targets.base import Target
 from qcompile.targets.build import linker
@@ -32,7 +32,7 @@ from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, nearest, toolchain
 from qcompile.targets.lower import lower
-from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, race
+from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, pool_of, race
 from qcompile.targets.trial import Trial
 from qcompile.targets.workers import Workers
 from qcompile.targets.workload import Chosen, Workload
@@ -87,7 +87,7 @@ def best_known(
     entries = [entry for entry in shipped if entry.processor == processor()]
     if tuning.database is not None:
         entries += Database(tuning.database).entries()
-    return nearest(entries, target, threads or cores())
+    return nearest(entries, target, threads or pool_size())
 
 
 def tune(
@@ -105,18 +105,54 @@ def tune(
     Args:
         program: an integer program.
         tuning: the database (a path), and where to measure.
-        threads: of a call; default: all cores.
+        threads: of a call; default: all that the machine or the device has.
         progress: called with ("tuning", kernels done, kernels in all).
         report: called with what became of each kernel.
 
     Raises:
         ConfigError: a package that tuning needs is not installed, the file is no tuning database, or `threads` is no
-            number of threads.
+            number of threads, or more than there are.
         DeviceError: this machine cannot run code for `target`, and no device was given; or no tracker answers, or
             code for `target` cannot run on a device.
         BuildError: a layer cannot be lowered, or measured; or there is no linker.
     """
-    check_threads(threads)
+    remote = where_to_measure(target, tuning, threads)
+    assert tuning.database is not None
+    database = Database(tuning.database)
+    database.prepare()
+    # All cores build together; measuring is one task at a time, while the other workers sleep.
+    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder, Workers(cores(), TIMEOUT) as workers:
+        threads = _threads(threads, remote, workers)
+        known = database.chosen(target, threads, exactly=True)
+        unknown = [workload for workload in lower(program, target, EMITTERS).workloads if workload.key not in known]
+        failures = 0
+        tuner = Tuner(program, target, threads, remote, workers, Path(folder))
+        for done, workload in enumerate(unknown):
+            if progress is not None:
+                progress("tuning", done, len(unknown))
+            try:
+                tuned = tuner.best(workload, database)
+            except BuildError as error:
+                failures += 1
+                if failures == MOST_FAILURES or failures == len(unknown):
+                    raise
+                warnings.warn(f"a kernel keeps its default: {error}", stacklevel=2)
+            else:
+                if report is not None:
+                    report(tuned)
+        if progress is not None:
+            progress("tuning", len(unknown), len(unknown))
+
+
+def where_to_measure(target: Target, tuning: Tuning, threads: int | None) -> Remote | None:
+    """A device, or None for this machine; whatever forbids to tune is found here, before any work.
+
+    Raises:
+        ConfigError, DeviceError: as `tune` does.
+    """
+    if tuning.database is None:
+        raise ConfigError("tuning has no database to remember in", remedy='give a path: Tuning("tuned.sqlite")')
+    check_threads(threads, None if tuning.address else pool_size())
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"tuning needs {' and '.join(missing)}", remedy="pip install 'qcompile[tune]'")
     remote = Remote(*tuning.address) if tuning.address else None
@@ -134,31 +170,23 @@ def tune(
                 remedy="tune on that machine itself",
             )
         _reach(remote)
-    if tuning.database is None:
-        raise ConfigError("tuning has no database to remember in", remedy='give a path: Tuning("tuned.sqlite")')
-    database, threads = Database(tuning.database), threads or cores()
-    database.prepare()
-    known = database.chosen(target, threads, exactly=True)
-    unknown = [workload for workload in lower(program, target, EMITTERS).workloads if workload.key not in known]
-    failures = 0
-    # All cores build together; measuring is one task at a time, while the other workers sleep.
-    with tempfile.TemporaryDirectory(prefix="qcompile-") as folder, Workers(cores(), TIMEOUT) as workers:
-        tuner = Tuner(program, target, threads, remote, workers, Path(folder))
-        for done, workload in enumerate(unknown):
-            if progress is not None:
-                progress("tuning", done, len(unknown))
-            try:
-                tuned = tuner.best(workload, database)
-            except BuildError as error:
-                failures += 1
-                if failures == MOST_FAILURES or failures == len(unknown):
-                    raise
-                warnings.warn(f"a kernel keeps its default: {error}", stacklevel=2)
-            else:
-                if report is not None:
-                    report(tuned)
-    if progress is not None:
-        progress("tuning", len(unknown), len(unknown))
+    return remote
+
+
+def _threads(asked: int | None, remote: Remote | None, workers: Workers) -> int:
+    """As many as were asked for, or all that are there. Raises ConfigError where the device has fewer."""
+    if remote is None:
+        return asked or pool_size()
+    try:
+        largest: int = workers.submit(pool_of, remote).result()
+    except Exception as error:
+        raise DeviceError(
+            f"the device does not answer: {_reason(error)}",
+            where=str(remote),
+            remedy="see whether its server has registered: python -m tvm.exec.query_rpc_tracker",
+        ) from error
+    check_threads(asked, largest)
+    return asked or largest
 
 
 def _reach(remote: Remote) -> None:

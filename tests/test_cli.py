@@ -240,6 +240,13 @@ def test_tune_remembers_and_compile_uses_it(exported: Path, tmp_path: Path, monk
     assert load(tmp_path / "net.qcm").selftest().passed
 
 
+def test_more_threads_than_there_are_are_refused_before_calibrating(exported: Path, tmp_path: Path) -> None:
+    given = ("--calibration", tmp_path / "absent.npz", "--database", tmp_path / "tuned.sqlite", "--threads", 1000)
+    result = qcompile("tune", exported, *given)
+    assert result.exit_code == 1
+    assert "1000 threads were asked for" in result.output
+
+
 def test_an_interrupted_tuning_says_where_to_go_on(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

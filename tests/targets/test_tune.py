@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tvm.tirx.script import builder as T
 
 import qcompile
 from qcompile.errors import ConfigError, DeviceError
+from qcompile.executable import pool_size
 from qcompile.quantizer import quantize
 from qcompile.targets import get, tune
 from qcompile.targets.cpu import choose
@@ -267,6 +269,32 @@ def test_a_number_of_threads_that_is_none_is_refused(model: nn.Module, tmp_path:
     with pytest.raises(ConfigError, match="threads is 0"):
         tune.tune(program, get(NATIVE), Tuning(tmp_path / "tuned.sqlite"), threads=0)
     assert not (tmp_path / "tuned.sqlite").exists()
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_more_threads_than_there_are_are_refused_before_any_work(model: nn.Module, tmp_path: Path, tuned: bool) -> None:
+    def calibration() -> Iterator[Tensor]:
+        raise AssertionError("it was read")
+        yield
+
+    path, many = tmp_path / "tuned.sqlite", pool_size() + 1
+    with pytest.raises(ConfigError, match=f"{many} threads were asked for, and TVM's pool has {many - 1}"):
+        qcompile.compile(model, NATIVE, calibration=calibration(), tuning=path if tuned else None, threads=many)
+    program = quantize(model, calibration=images()).program
+    with pytest.raises(ConfigError, match=f"{many} threads were asked for"):
+        tune.tune(program, get(NATIVE), Tuning(path), threads=many)
+    assert not path.exists()
+
+
+def test_another_machine_may_have_more_threads(model: nn.Module) -> None:
+    assert qcompile.compile(model, "arm64-neon", calibration=images(), threads=1000).target == "arm64-neon"
+
+
+def test_all_threads_are_those_of_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+    program = quantize(randomize(nn.Conv2d(3, 24, 3).eval()), calibration=images()).program
+    tune.tune(program, get(NATIVE), Tuning(tmp_path / "tuned.sqlite"))
+    assert [entry.threads for entry in Database(tmp_path / "tuned.sqlite").entries()] == [1]
 
 
 def test_a_tracker_that_does_not_answer_is_an_error(model: nn.Module, tmp_path: Path) -> None:
