@@ -25,7 +25,7 @@ from qcompile.targets.workload import Chosen
 SHIPPED = Path(__file__).parent / "tuned.sqlite"
 """What the benchmark models were tuned to; used where the user gives nothing better."""
 
-FORMAT = 1
+FORMAT = 2
 _APPLICATION = 0x71636D74  # "qcmt": tells this file from any other that SQLite wrote
 _WAIT = 30.0  # seconds for another process to finish writing
 
@@ -39,8 +39,8 @@ class Entry:
         features: `features_of(target)`.
         toolchain: `toolchain()`.
         threads: it was measured with.
-        config: the fields of its config, as JSON.
-        gain: how many times faster it is than the default config.
+        config: the fields of its config, as JSON; "{}" stands for the default, whatever that is.
+        gain: how many times as fast as the default config it is.
         microseconds: of a call, on that machine.
         processor: its name.
     """

@@ -42,7 +42,7 @@ NEEDED = ("cloudpickle", "psutil")  # by TVM's worker processes
 MOST_CANDIDATES = 24
 TIMEOUT = 120.0  # seconds, for building, checking or racing
 MOST_FAILURES = 3  # kernels that cannot be measured: then it is not them
-WORTH = 1.02  # times as fast as the default a config must be to take its place: less is noise
+WORTH = 1.03  # times as fast as the default a config must be to take its place: less is noise
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -98,7 +98,8 @@ def tune(
     progress: Progress | None = None,
     report: Callable[[Tuned], None] | None = None,
 ) -> None:
-    """Measure the candidates of every kernel of `program` that the database does not know, and remember the best.
+    """Measure the candidates of every kernel of `program` that the database does not know, and remember the best. Where
+    that is the default, this is remembered, and not its config: a later version may have a better one.
 
     Each kernel is remembered as soon as it is measured: whatever ends this early, what was found is kept.
 
@@ -246,7 +247,7 @@ class Tuner:
                 features_of(self._target),
                 toolchain(),
                 self._threads,
-                json.dumps(asdict(configs[winner])),
+                json.dumps(asdict(configs[winner]) if winner else {}),
                 gain,
                 seconds * 1e6,
                 processor() if self._remote is None else str(self._remote),

@@ -19,7 +19,7 @@ from qcompile.targets.cpu.generator import Generator
 from qcompile.targets.layout import Layout
 
 Chosen = Mapping[tuple[str, str], Mapping[str, Any]]
-"""(operator, shape) -> the fields of its config."""
+"""(operator, shape) -> the fields of its config; none of them stands for the default."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Workload:
         return self.generator.kernel(self.shape, self.filters, self.numbers, self.isa, self.symbols, config)
 
     def chosen(self, known: Chosen) -> Any:
-        """The config that is known for this key. None, for the default, where there is none, or one that
-        the generator does not offer any more."""
+        """The config that is known for this key. None, for the default, where that is known to be the best, where
+        nothing is known, or a config that the generator does not offer any more."""
         wanted = known.get(self.key)
         return next((config for config in self.configs() if asdict(config) == wanted), None) if wanted else None
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from qcompile import device, targets
+from qcompile import device
 from qcompile.cli import app, out
 from qcompile.exported import load_exported
 from qcompile.runtime import load
+from qcompile.targets.database import Database, Entry
 
 pytestmark = pytest.mark.skipif(device.machine()[0] != "x86_64", reason="the tiny model is built for x86-64")
 
@@ -261,9 +262,10 @@ def test_an_interrupted_tuning_says_where_to_go_on(
 
 
 def test_databases_merge(tmp_path: Path) -> None:
-    shipped = Path(targets.__file__).parent / "tuned.sqlite"
+    found = Entry("conv", "1x8x8x16 -> 1x8x8x32", "x86_64: avx2", "qcompile 0.1.0", 2, "{}", 1.0, 4.5, "a processor")
+    Database(tmp_path / "desk.sqlite").add(found)
     for taken in (True, False):
-        result = qcompile("merge", tmp_path / "all.sqlite", shipped)
+        result = qcompile("merge", tmp_path / "all.sqlite", tmp_path / "desk.sqlite")
         assert result.exit_code == 0, result.output
         assert (" 0 entries taken" in result.output) is not taken
 

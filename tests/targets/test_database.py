@@ -13,7 +13,7 @@ import pytest
 
 from qcompile.errors import ConfigError
 from qcompile.targets import get
-from qcompile.targets.database import Database, Entry, features_of, toolchain
+from qcompile.targets.database import FORMAT, Database, Entry, features_of, toolchain
 
 TARGET = get("x86-avx2")
 ENTRY = Entry(
@@ -140,7 +140,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("pragma user_version = 7")
     connection.close()
-    with pytest.raises(ConfigError, match="its format is 7, this version reads 1"):
+    with pytest.raises(ConfigError, match=f"its format is 7, this version reads {FORMAT}"):
         Database(path).entries()
 
 
