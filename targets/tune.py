@@ -98,8 +98,9 @@ def tune(
     progress: Progress | None = None,
     report: Callable[[Tuned], None] | None = None,
 ) -> None:
-    """Measure the candidates of every kernel of `program` that the database does not know, and remember the best. Where
-    that is the default, this is remembered, and not its config: a later version may have a better one.
+    """Measure the candidates of every kernel of `program` of which the database knows nothing that can be used, and
+    remember the best. Where that is the default, this is remembered, and not its config: a later version may have a
+    better one.
 
     Each kernel is remembered as soon as it is measured: whatever ends this early, what was found is kept.
 
@@ -125,7 +126,7 @@ def tune(
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder, Workers(cores(), TIMEOUT) as workers:
         threads = _threads(threads, remote, workers)
         known = database.chosen(target, threads, exactly=True)
-        unknown = [workload for workload in lower(program, target, EMITTERS).workloads if workload.key not in known]
+        unknown = [w for w in lower(program, target, EMITTERS).workloads if not w.settled(known)]
         failures = 0
         tuner = Tuner(program, target, threads, remote, workers, Path(folder))
         for done, workload in enumerate(unknown):

@@ -59,6 +59,10 @@ class Workload:
         wanted = known.get(self.key)
         return next((config for config in self.configs() if asdict(config) == wanted), None) if wanted else None
 
+    def settled(self, known: Chosen) -> bool:
+        """Whether what is known for this key can be used: the default, or a config that the generator offers."""
+        return known.get(self.key) == {} or self.chosen(known) is not None
+
 
 def describe(shape: ConvShape, dot: str, symbols: Iterable[tirx.Var]) -> str:
     """One line, such as "1x56x56x64 -> 1x56x56x64 3x3 stride 1x1 ... vpdpbusd"; dynamic dimensions by their order."""

@@ -285,12 +285,16 @@ def test_tile_registers_are_not_measured_through_rpc(model: nn.Module, tmp_path:
 
 
 def test_an_entry_that_fits_no_kernel_counts_as_unknown(model: nn.Module, path: Path) -> None:
+    """It is neither used nor kept."""
     database = Database(path)
     for entry in database.entries():
         database.add(replace(entry, config='{"rows": 1000, "evil": true}'))
     compiled = qcompile.compile(model, NATIVE, calibration=images(), tuning=Tuning(path, measure=False), threads=1)
     x = torch.randn(1, 3, 18, 18)
     assert torch.equal(compiled(x), compiled.reference(x))
+    assert len(run(model, path)) == 4
+    assert not any("evil" in entry.config for entry in database.entries())
+    assert run(model, path) == []
 
 
 def test_a_target_of_another_machine_needs_a_device(model: nn.Module, tmp_path: Path) -> None:
