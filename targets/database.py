@@ -120,7 +120,7 @@ class Database:
         if not self.path.is_file():
             raise ConfigError("there is no such tuning database", where=str(self.path), remedy="check the path")
         # Whoever reads a file that a killed writer left half done puts it right first, if he may.
-        with self._open("rw" if os.access(self.path, os.W_OK) else "ro") as connection:
+        with self._open("rw" if os.access(self.path, os.W_OK) else "ro", "deferred") as connection:
             if not connection.execute("pragma user_version").fetchone()[0]:
                 return []  # whoever made the file has not written to it yet
             return [self._entry(row) for row in connection.execute(f"select {_COLUMNS} from entries")]
@@ -164,22 +164,23 @@ class Database:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
-        with self._open("rwc") as connection:
-            connection.execute("begin immediate")
+        with self._open("rwc", "immediate") as connection:
             if not connection.execute("pragma user_version").fetchone()[0]:
                 connection.execute(_CREATE)
                 connection.execute(f"pragma user_version = {FORMAT}")
                 connection.execute(f"pragma application_id = {_APPLICATION}")
             yield connection
-            connection.execute("commit")
 
     @contextmanager
-    def _open(self, mode: str) -> Iterator[sqlite3.Connection]:
+    def _open(self, mode: str, lock: str) -> Iterator[sqlite3.Connection]:
+        """A transaction. What the file is, is asked within: another process may just be making it."""
         try:
             uri = f"{self.path.absolute().as_uri()}?mode={mode}"
             with closing(sqlite3.connect(uri, uri=True, timeout=_WAIT, isolation_level=None)) as connection:
+                connection.execute(f"begin {lock}")
                 self._check(connection)
                 yield connection
+                connection.execute("commit")
         except sqlite3.Error as error:
             raise self._unusable(error) from error
 

@@ -6,8 +6,11 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,6 +153,26 @@ def test_a_missing_database_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such tuning database"):
         Database(tmp_path / "here").merge(tmp_path / "absent")
     assert not (tmp_path / "here").exists()
+
+
+def test_a_database_that_another_process_is_just_making_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other writes between the questions that tell what the file is, or waits until they are answered."""
+    path, others = tmp_path / "tuned.sqlite", [ENTRY]
+    path.touch()
+
+    class Interrupted(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+            if "user_version" in sql and others:
+                monkeypatch.setattr("qcompile.targets.database._WAIT", 0.0)
+                with suppress(ConfigError):
+                    Database(path).add(others.pop())
+            return super().execute(sql, *arguments)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
+    assert Database(path).entries() in ([], [ENTRY])
+    assert not others
+    Database(path).add(ENTRY)
+    assert Database(path).entries() == [ENTRY]
 
 
 def test_an_empty_file_is_one_that_nobody_has_written_to_yet(tmp_path: Path) -> None:
