@@ -6,6 +6,7 @@ of the local runtime.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from qcompile.errors import ConfigError
 from qcompile.executable import BIG_CORES, set_threads
 from qcompile.targets.build import compile_module, link
 
-BLOCK_SECONDS = 0.004  # of calls, for one figure
+TIMEOUT = 120.0  # seconds for what takes a few: building, a few calls, the answer of a device
+RUN_SECONDS = 0.02  # of a run of the library, at most, unless one call takes longer
+HOPELESS = 2.0  # times as long as the fastest, at the first call: such a candidate takes no part in the race
+BLOCK_SECONDS = 0.004  # of runs, for one figure
 FIRST_ROUNDS, FINALISTS = 3, 6
 FINAL_ROUNDS, UNDISTURBED = 15, 4  # of which the fastest so many count
-SESSION_SECONDS = 600  # after which a device drops us
 _MANY = 1 << 16  # threads; TVM takes as many as its pool has
 
 
@@ -65,38 +68,77 @@ def build_candidate(module: Any, tvm_target: dict[str, Any], linker: str, path: 
     link(compile_module(module, tvm_target, keep_unused=True), path, linker)
 
 
-def answers(candidate: Candidate, inputs: Sequence[Sequence[np.ndarray]], threads: int, remote: Remote | None) -> Any:
-    """What the candidate computes from each of `inputs`; the second reuses the memory of the first."""
-    with _device(threads, remote) as device:
+def answers(
+    candidate: Candidate, inputs: Sequence[Sequence[np.ndarray]], threads: int, remote: Remote | None
+) -> tuple[list[np.ndarray], float]:
+    """What a call of the candidate computes from each of `inputs`, the second in the memory of the first; and the
+    seconds of another call."""
+    with _device(threads, remote, TIMEOUT) as device:
         machine, constants = device.load(candidate)
-        return [machine["main"](*[device.tensor(x) for x in each], *constants).numpy() for each in inputs]
+        arguments = [[*map(device.tensor, each), *constants] for each in inputs]
+        outputs = [machine["once"](*each).numpy() for each in arguments]
+        return outputs, device.seconds(machine, "once", 1, arguments[0])
 
 
-def race(
+@dataclass(frozen=True)
+class Race:
+    """Who runs against whom, and how: decided by what one call of each has taken.
+
+    Attributes:
+        seconds: candidate -> of one call. Number 0 is the default.
+        most_calls: in one run of function "main" of a library; in one of "once" there is one.
+    """
+
+    seconds: Mapping[int, float]
+    most_calls: int
+
+    @property
+    def runners(self) -> list[int]:
+        """Those that may win, and the default, with which they are compared."""
+        fastest = min(self.seconds.values())
+        return [index for index, taken in self.seconds.items() if index == 0 or taken <= HOPELESS * fastest]
+
+    @property
+    def calls(self) -> int:
+        """In a run."""
+        return self.most_calls if self.most_calls * min(self.seconds.values()) <= RUN_SECONDS else 1
+
+    @property
+    def duration(self) -> float:
+        """About how many seconds it takes at most, on a machine that does nothing else."""
+        runs = [self.calls * self.seconds[index] for index in self.runners]
+        blocks = [run + max(run, BLOCK_SECONDS) for run in runs]  # each after a run to warm up
+        return (1 + FIRST_ROUNDS) * sum(blocks) + FINAL_ROUNDS * sum(sorted(blocks)[-FINALISTS - 1 :])
+
+
+def run_race(
+    race: Race,
     candidates: Mapping[int, Candidate],
     inputs: Sequence[np.ndarray],
     threads: int,
-    calls: int,
     remote: Remote | None,
+    limit: float,
 ) -> dict[int, tuple[float, float]]:
-    """The fastest few of `candidates`: number -> (seconds of a kernel, how many times as fast as number 0).
+    """The fastest few of the race: candidate -> (seconds of a call, how many times as fast as the default).
 
     They run in turns, round after round, and the figure of each is the mean of its fastest rounds: other load
-    on the machine meets all of them, and can only add. `calls`: of the kernel in one run of the library.
+    on the machine meets all of them, and can only add. `limit`: seconds after which a device drops us.
     """
-    with _device(threads, remote) as device:
+    function = "main" if race.calls > 1 else "once"
+    with _device(threads, remote, limit) as device:
         arguments = [device.tensor(x) for x in inputs]
         runners = {}
-        for index, candidate in candidates.items():
-            machine, constants = device.load(candidate)
-            number = max(1, int(BLOCK_SECONDS / device.seconds(machine, 3, [*arguments, *constants])))
-            runners[index] = (machine, number, [*arguments, *constants])
+        for index in race.runners:
+            machine, constants = device.load(candidates[index])
+            given = [*arguments, *constants]
+            number = max(1, int(BLOCK_SECONDS / device.seconds(machine, function, 1, given)))
+            runners[index] = (machine, function, number, given)
 
         def rounds(count: int, racing: Sequence[int]) -> dict[int, list[float]]:
             times: dict[int, list[float]] = {index: [] for index in racing}
             for _ in range(count):
                 for index in racing:
-                    times[index].append(device.seconds(*runners[index]) / calls)
+                    times[index].append(device.seconds(*runners[index]) / race.calls)
             return times
 
         first = rounds(FIRST_ROUNDS, list(runners))
@@ -127,23 +169,24 @@ class _Device:
         constants = load_file(candidate.constants)
         return machine, [self.tensor(constants[name]) for name in candidate.pools]
 
-    def seconds(self, machine: Any, number: int, arguments: list[Any]) -> float:
+    def seconds(self, machine: Any, function: str, number: int, arguments: list[Any]) -> float:
         """The mean of `number` runs, after one to warm up."""
-        return float(machine.time_evaluator("main", self._cpu, number=number, repeat=1)(*arguments).mean)
+        return float(machine.time_evaluator(function, self._cpu, number=number, repeat=1)(*arguments).mean)
 
 
 def pool_of(remote: Remote) -> int:
     """How many threads a call can use on the device."""
-    return _use(_session(remote), _MANY)
+    return _use(_session(remote, TIMEOUT), _MANY)
 
 
 @contextmanager
-def _device(threads: int, remote: Remote | None) -> Iterator[_Device]:
+def _device(threads: int, remote: Remote | None, limit: float) -> Iterator[_Device]:
+    """`limit`: seconds after which a device drops us."""
     if remote is None:
         set_threads(threads)
         yield _Device()
         return
-    session = _session(remote)
+    session = _session(remote, limit)
     if (used := _use(session, threads)) != threads:
         raise ConfigError(
             f"{used} threads are used of the {threads} that were asked for",
@@ -153,8 +196,8 @@ def _device(threads: int, remote: Remote | None) -> Iterator[_Device]:
     yield _Device(session)
 
 
-def _session(remote: Remote) -> Any:
-    return rpc.connect_tracker(remote.host, remote.port).request(remote.key, session_timeout=SESSION_SECONDS)
+def _session(remote: Remote, limit: float) -> Any:
+    return rpc.connect_tracker(remote.host, remote.port).request(remote.key, session_timeout=math.ceil(limit))
 
 
 def _use(session: Any, threads: int) -> int:

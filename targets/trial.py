@@ -34,7 +34,7 @@ class Trial:
 
     Attributes:
         inputs: SETS lists of flat stored activations.
-        calls: of the kernel in one run of `module`.
+        calls: of the kernel in one run of "main" of `module`.
     """
 
     def __init__(self, program: Program, workload: Workload, seed: int = 0) -> None:
@@ -76,7 +76,14 @@ class Trial:
         return {dtype: np.tile(pool.data(), self.calls) for dtype, pool in pools.items()}
 
     def module(self, kernel: Kernel) -> tvm.IRModule:
-        """main(*inputs, *pools) -> the output of the last call."""
+        """Two functions (*inputs, *pools) -> the output of the last call: "main" of `calls`, "once" of one."""
+        builder = relax.BlockBuilder()
+        function = builder.add_func(kernel.func, "kernel")
+        self._add(builder, function, kernel, "once", 1)
+        self._add(builder, function, kernel, "main", self.calls)
+        return builder.get()
+
+    def _add(self, builder: relax.BlockBuilder, function: Any, kernel: Kernel, name: str, calls: int) -> None:
         workload, (pools, starts) = self._workload, _pooled(kernel)
         activations = [layout for layout in (workload.shape.x, workload.shape.residual) if layout is not None]
         flat = [
@@ -86,10 +93,8 @@ class Trial:
         tables = [relax.Var(d, relax.TensorType((pool.size * self.calls,), d)) for d, pool in pools.items()]
         sizes = [relax.prim_value(self._sizes[str(symbol)]) for symbol in workload.symbols]
         output = relax.TensorType((self._concrete(workload.shape.y).size,), workload.isa.storage)
-        builder = relax.BlockBuilder()
-        function = builder.add_func(kernel.func, "kernel")
-        with builder.function("main", [*flat, *tables]):
-            for call in range(self.calls):
+        with builder.function(name, [*flat, *tables]):
+            for call in range(calls):
                 copies = [
                     relax.prim_value(start + call * pools[str(value.dtype)].size)
                     for start, value in zip(starts, kernel.constants, strict=True)
@@ -97,7 +102,6 @@ class Trial:
                 arguments = relax.Tuple([*flat, *tables, *copies, *sizes])
                 result = builder.emit(relax.call_tir(function, arguments, output))
             builder.emit_func_output(result)
-        return builder.get()
 
     def _concrete(self, layout: Layout) -> Layout:
         return replace(layout, shape=tuple(map(self._number, layout.shape)), pitch=self._number(layout.pitch))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import socket
 import tempfile
 import warnings
@@ -32,7 +33,7 @@ from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, nearest, toolchain
 from qcompile.targets.lower import lower
-from qcompile.targets.measure import Candidate, Remote, answers, build_candidate, pool_of, race
+from qcompile.targets.measure import TIMEOUT, Candidate, Race, Remote, answers, build_candidate, pool_of, run_race
 from qcompile.targets.trial import Trial
 from qcompile.targets.workers import Workers
 from qcompile.targets.workload import Chosen, Workload
@@ -40,8 +41,8 @@ from qcompile.tuning import Tuning
 
 NEEDED = ("cloudpickle", "psutil")  # by TVM's worker processes
 MOST_CANDIDATES = 24
-TIMEOUT = 120.0  # seconds, for building, checking or racing
-MOST_FAILURES = 3  # kernels that cannot be measured: then it is not them
+PATIENCE = 3.0  # times as long as it takes by itself a race may take: others may be using the machine
+MOST_FAILURES = 3  # kernels in turn that cannot be measured: then it is not them
 WORTH = 1.03  # times as fast as the default a config must be to take its place: less is noise
 
 Progress = Callable[[str, int, int | None], None]
@@ -140,6 +141,7 @@ def tune(
                     raise
                 warnings.warn(f"a kernel keeps its default: {error}", stacklevel=2)
             else:
+                failures = 0
                 if report is not None:
                     report(tuned)
         if progress is not None:
@@ -226,15 +228,14 @@ class Tuner:
         # Interrupted, its files are still written while it is removed; what stays goes with self._folder.
         with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
             candidates = self._built(trial, kernels, Path(folder), failed)
-            for i, candidate in candidates.items():
-                self._check(trial, i, candidate, failed)
-            right = {i: candidate for i, candidate in candidates.items() if i not in failed}
-            if 0 not in right:
+            once = {i: self._check(trial, i, candidate, failed) for i, candidate in candidates.items()}
+            if 0 in failed:
                 raise self._unusable(workload, kernels[0], failed[0])
+            race = Race({i: taken for i, taken in once.items() if i not in failed}, trial.calls)
+            limit = TIMEOUT + PATIENCE * race.duration
+            given = race, candidates, trial.inputs[0], self._threads, self._remote, limit
             try:
-                shown = self._workers.submit(
-                    race, right, trial.inputs[0], self._threads, trial.calls, self._remote
-                ).result()
+                shown = self._workers.submit(run_race, *given, timeout=limit).result()
             except Exception as error:
                 raise self._unusable(workload, kernels[0], _reason(error)) from error
         fastest = max(shown, key=lambda i: shown[i][1])
@@ -275,15 +276,17 @@ class Tuner:
                 failed[i] = _reason(error)
         return {i: candidate for i, (candidate, _) in pending.items() if i not in failed}
 
-    def _check(self, trial: Trial, i: int, candidate: Candidate, failed: dict[int, str]) -> None:
-        """Hold a candidate to the bits of the reference."""
+    def _check(self, trial: Trial, i: int, candidate: Candidate, failed: dict[int, str]) -> float:
+        """Hold a candidate to the bits of the reference; returns the seconds of a call."""
+        given = candidate, trial.inputs, self._threads, self._remote
         try:
-            given = self._workers.submit(answers, candidate, trial.inputs, self._threads, self._remote).result()
+            outputs, seconds = self._workers.submit(answers, *given).result()
         except Exception as error:  # noqa: BLE001
             failed[i] = _reason(error)
-            return
-        if not trial.exact(given):
+            return math.inf
+        if not trial.exact(outputs):
             failed[i] = "other bits than the reference"
+        return float(seconds)
 
     def _unusable(self, workload: Workload, kernel: Kernel, reason: str) -> BuildError:
         return BuildError(

@@ -26,7 +26,7 @@ class Workers:
     """So many processes, started when first needed. Leaving the context ends them and all that they started.
 
     Args:
-        timeout: of a task, in seconds.
+        timeout: of a task that has none of its own, in seconds.
     """
 
     def __init__(self, count: int, timeout: float) -> None:
@@ -49,17 +49,17 @@ class Workers:
         for worker in self._workers:
             worker.kill()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """`function(*arguments)` in one of the processes.
+    def submit(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> Future[Any]:
+        """`function(*arguments)` in one of the processes, for `timeout` seconds at most.
 
         The future raises what the function raised, TimeoutError, or ChildProcessError where the process ended.
         """
-        return self._threads.submit(self._run, function, arguments)
+        return self._threads.submit(self._run, function, arguments, timeout or self._timeout)
 
-    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> Any:
         worker = self._idle.get()
         try:
-            worker.send(function, arguments, timeout=self._timeout)
+            worker.send(function, arguments, timeout=timeout)
             return worker.recv()
         finally:
             self._idle.put(worker)

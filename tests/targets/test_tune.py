@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from tvm.tirx.script import builder as T
 
 import qcompile
-from qcompile.errors import ConfigError, DeviceError
+from qcompile.errors import BuildError, ConfigError, DeviceError
 from qcompile.executable import pool_size
 from qcompile.quantizer import quantize
-from qcompile.targets import get, tune
+from qcompile.targets import get, measure, tune
 from qcompile.targets.cpu import choose
 from qcompile.targets.cpu.conv import CONV
 from qcompile.targets.cpu.emit import Kernel, function
 from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.database import Database
 from qcompile.targets.lower import lower
+from qcompile.targets.measure import Candidate
 from qcompile.targets.tune import Tuned
 from qcompile.tuning import Tuning
 
@@ -219,7 +220,7 @@ def test_a_wrong_candidate_is_left_out_however_fast(
 def test_a_config_is_remembered_where_it_is_clearly_faster_than_the_default(
     gain: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "race", lambda candidates, *_: {0: (2.0, 1.0), 2: (2.0 / gain, gain)})
+    monkeypatch.setattr(tune, "run_race", lambda *_: {0: (2.0, 1.0), 2: (2.0 / gain, gain)})
     model, path = randomize(nn.Conv2d(3, 24, 3, padding=1).eval()), tmp_path / "tuned.sqlite"
     (tuned,) = run(model, path)
     (entry,) = Database(path).entries()
@@ -249,6 +250,43 @@ def test_where_the_default_is_best_a_later_default_is_used(tmp_path: Path, monke
     (used,) = {row.kernel for row in compiled.coverage if row.kernel.startswith("conv")}
     assert used != tuned.default
     assert run(model, path) == []
+
+
+def test_a_candidate_that_is_slow_at_its_first_call_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four candidates the second is nearly as fast as the first; the last one that raced wins here."""
+
+    def answers(candidate: Candidate, *others: Any) -> Any:
+        first_calls = {"0": 1.0, "1": 1.9, "2": 2.1, "3": 50.0}
+        return measure.answers(candidate, *others)[0], first_calls[candidate.library.stem]
+
+    monkeypatch.setattr(tune, "answers", lambda *given: answers(*given))
+    monkeypatch.setattr(tune, "run_race", lambda race, *_: {index: (1.0, 1.0 + index) for index in race.runners})
+    run(randomize(nn.Conv2d(3, 24, 3, padding=1).eval()), tmp_path / "tuned.sqlite")
+    (entry,) = Database(tmp_path / "tuned.sqlite").entries()
+    assert entry.gain == 2.0
+
+
+def test_kernels_that_cannot_be_measured_now_and_then_do_not_end_the_rest(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[bool] = []
+
+    def best(*_: object) -> Tuned:
+        if outcomes.pop(0):
+            return Tuned("conv", "", "a", "a", 1.0, 1.0, 1, {})
+        raise BuildError("a kernel could not be measured")
+
+    monkeypatch.setattr(tune, "MOST_FAILURES", 2)
+    monkeypatch.setattr(tune.Tuner, "best", best)
+    outcomes[:] = [False, True, False, True]
+    with pytest.warns(UserWarning, match="a kernel keeps its default"):
+        assert len(run(model, tmp_path / "tuned.sqlite")) == 2
+    outcomes[:] = [True, False, False, True]
+    with pytest.raises(BuildError), pytest.warns(UserWarning, match="keeps its default"):
+        run(model, tmp_path / "tuned.sqlite")
+    assert outcomes == [True]
 
 
 def test_what_was_found_before_an_interruption_is_kept(

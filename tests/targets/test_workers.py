@@ -31,6 +31,13 @@ def test_a_process_that_crashes_or_hangs_is_started_anew() -> None:
         assert workers.submit(abs, -3).result() == 3
 
 
+def test_a_task_may_have_more_time_or_less() -> None:
+    with Workers(1, 1.0) as workers:
+        assert workers.submit(time.sleep, 1.5, timeout=LONG).result() is None
+        with pytest.raises(TimeoutError):
+            workers.submit(time.sleep, LONG, timeout=0.1).result()
+
+
 @pytest.mark.parametrize("after", [0.0, 0.01, 0.1, 1.0, 3.0])
 def test_leaving_in_the_middle_of_work_ends_all_processes(after: float) -> None:
     """At first while they start, later while they run a task that has a process of its own."""
