@@ -26,7 +26,7 @@ from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.emit import Kernel, Registers, function, load
 from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.cpu.generator import Generator, tile_name
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
 from qcompile.targets.cpu.walk import Pixels, walk
 from qcompile.targets.layout import align
@@ -157,7 +157,7 @@ def conv(
         constants["starts"] = np.asarray(packed.starts, np.int32)
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, dot, packed, constants, symbols, steps)
-    label = f"{shape.kind}_{dot.name}_{config.rows}x{config.vectors * isa.lanes}"
+    label = f"{shape.kind}_{dot.name}_{tile_name(config.rows, len(order), config.channels_outer)}"
     return Kernel(label, func, tuple(constants.values()))
 
 

@@ -24,3 +24,8 @@ class Generator:
     name: str
     configs: Callable[[ConvShape, Filters, InstructionSet], list[Any]]
     kernel: Callable[..., Kernel]
+
+
+def tile_name(rows: int, channels: int, channels_outer: bool) -> str:
+    """How the name of a kernel ends: with its tile, and with the order of its loops where weights stay longest."""
+    return f"{rows}x{channels}{'_channels_outer' if channels_outer else ''}"

@@ -27,7 +27,7 @@ from qcompile.targets.cpu.conv import channel_order, per_channel
 from qcompile.targets.cpu.cuts import LATENCY, Cut, Runs
 from qcompile.targets.cpu.emit import Kernel, function, on_each_thread, only_if
 from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.cpu.generator import Generator, tile_name
 from qcompile.targets.cpu.tasks import split
 from qcompile.targets.layout import align
 
@@ -163,8 +163,8 @@ def conv(
     constants = {"weights": packed.reshape(-1), **per_channel(filters, numbers, isa, order)}
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, (runs, sum_of), packed.shape, constants, symbols, steps)
-    label = f"{shape.kind}_{unit.name}_{config.tall * runs.cut.size}x{config.vectors * isa.lanes}"
-    return Kernel(label, func, tuple(constants.values()))
+    tile = tile_name(config.tall * runs.cut.size, len(order), config.channels_outer)
+    return Kernel(f"{shape.kind}_{unit.name}_{tile}", func, tuple(constants.values()))
 
 
 def _build(

@@ -7,7 +7,9 @@ import pytest
 from execution import TARGETS
 
 from qcompile.targets import get
+from qcompile.targets.cpu.choose import generator_for
 from qcompile.targets.cpu.conv import configs, dot_of
+from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout
 
@@ -37,3 +39,18 @@ def test_a_tile_of_a_small_image_takes_several_of_its_rows() -> None:
     best = configs(ConvShape(layout, layout, None, (3, 3), (1, 1), (1, 1), (1, 1), 1), filters, isa)[0]
     assert best.rows > 7
     assert best.rows % 7 == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("channels", "groups"), [(32, 1), (32, 32)])
+def test_kernels_of_different_tiles_have_different_names(target: str, channels: int, groups: int) -> None:
+    """By which tuning tells them apart; the order of the loops is in the name, too."""
+    isa = get(target).isa
+    weight = np.random.default_rng(0).integers(-127, 128, (channels, channels // groups, 3, 3), dtype=np.int8)
+    filters = Filters(weight, np.zeros(channels, np.int32), np.ones(channels, np.float32), 3)
+    layout = Layout((1, channels, 14, 14), True, channels, (1, 1, 1, 1))
+    shape = ConvShape(layout, layout, None, (3, 3), (1, 1), (1, 1), (1, 1), groups)
+    generator = generator_for(shape, isa)
+    tiles = generator.configs(shape, filters, isa)[:6]
+    names = [generator.kernel(shape, filters, Requantize(-128), isa, config=tile).name for tile in tiles]
+    assert len(set(names)) == len(names) > 1
