@@ -39,6 +39,8 @@ def _chunks(extent: int, widest: int) -> Iterator[tuple[int, int, int]]:
 
 def _walk(shape: tuple[Dim, ...], inner: int, widest: int, body: Callable[[tuple[Any, ...], int], None]) -> None:
     """Call `body(index, lanes)` for every logical index, vectors along dimension `inner`."""
+    if any(isinstance(extent, int) and extent == 0 for extent in shape):
+        return
     order = [d for d in range(len(shape)) if d != inner]
     outer, rest = order[:2], order[2:]
     tasks = product(tuple(shape[d] for d in outer))

@@ -67,8 +67,8 @@ def suits(shape: ConvShape, isa: InstructionSet) -> bool:
     if isa.matrix is None or shape.groups > 1 or shape.x.pitch % 4:
         return False
     laid = _laid(shape)
-    static = all(isinstance(extent, int) for extent in laid.y.extents[1:])
-    return static and Runs.of(laid, isa.matrix.rows).cut.size >= FEWEST_PIXELS
+    known = all(isinstance(extent, int) and extent > 0 for extent in (*laid.y.extents[1:], laid.x.channels))
+    return known and Runs.of(laid, isa.matrix.rows).cut.size >= FEWEST_PIXELS
 
 
 def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Runs, Cut]:

@@ -34,3 +34,25 @@ def test_a_part_of_a_dynamic_batch_is_taken_in_integers(target: str, request: py
     for inputs, outputs in zip(cases, run_on(compiled.artifact, cases, request), strict=True):
         wanted = compiled.program(*inputs)
         assert [different(got, want) for got, want in zip(outputs, wanted, strict=True)] == [0] * 9
+
+
+class Nothing(nn.Module):
+    """Layers whose outputs have no elements beside one that has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.conv = nn.Linear(24, 16), nn.Conv2d(24, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        rows = x.flatten(2).transpose(1, 2)
+        return self.linear(rows[:, :0]), self.linear(rows), self.conv(x[:0]), self.conv(x)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_layer_may_have_nothing_to_compute(target: str, request: pytest.FixtureRequest) -> None:
+    skip_unless_runnable(target)
+    images = torch.randn(2, 24, 5, 7)
+    compiled = qcompile.compile(Nothing().eval(), target, calibration=[images])
+    (outputs,) = run_on(compiled.artifact, [[images]], request)
+    wanted = compiled.program(images)
+    assert [different(got, want) for got, want in zip(outputs, wanted, strict=True)] == [0] * 4
