@@ -1,13 +1,15 @@
 """Calling one generated kernel by itself, in memory that is full of random bytes before and around.
 
 So a kernel that reads what nobody wrote, leaves a part of its output unwritten, or writes beside it,
-is found: the network's allocator would hide all three most of the time.
+is found: the network's allocator would hide all three most of the time. What it reads ends where no memory is, so
+that one which reads further ends the process.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tvm
@@ -17,6 +19,10 @@ from qcompile.targets import Target
 from qcompile.targets.cpu.emit import Kernel
 
 GUARD = 4096  # bytes on each side of the output
+LINE = 64  # bytes: memory begins at a multiple of it, and is there for whole ones
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PROT_NONE = 0
 
 
 def call(
@@ -29,7 +35,8 @@ def call(
     dtype: str | None = None,
 ) -> np.ndarray:
     """The `size` elements that `kernel`, compiled for `target`, computes from flat `inputs` and the
-    dynamic dimensions `sizes`. Raises AssertionError when it writes outside of its output."""
+    dynamic dimensions `sizes`. Raises AssertionError when it writes outside of its output; the process ends with
+    a segmentation fault when it reads past the end of an input or of its constants."""
     module = tvm.compile(
         tvm.IRModule({"main": kernel.func.with_attr("global_symbol", "main")}), tvm.target.Target(target.tvm)
     )
@@ -44,13 +51,21 @@ def call(
     end = begin + size * itemsize
     before = memory.copy()
     output = memory[begin:end].view(dtype or target.isa.storage)
-    arguments: list[Any] = [*inputs, *pools.values(), *starts, *sizes, output]
-    module.mod["main"](*[_tensor(a) if isinstance(a, np.ndarray) else a for a in arguments])
+    taken = [tvm_ffi.from_dlpack(before_nothing(array, rng)) for array in (*inputs, *pools.values())]
+    module.mod["main"](*taken, *starts, *sizes, tvm_ffi.from_dlpack(output))
     assert np.array_equal(memory[:begin], before[:begin]), "it wrote before its output"
     assert np.array_equal(memory[end:], before[end:]), "it wrote past its output"
     return output
 
 
-def _tensor(array: np.ndarray) -> Any:
-    """The array's own memory where it is aligned as kernels expect, else a copy."""
-    return tvm_ffi.from_dlpack(array) if array.ctypes.data % 64 == 0 else tvm.runtime.tensor(array)
+def before_nothing(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A copy whose last line of memory is the last of a page, after which the process may not read."""
+    pages = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, pages + mmap.PAGESIZE), np.uint8)
+    if _libc.mprotect(ctypes.c_void_p(memory.ctypes.data + pages), ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE):
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+    memory[:pages] = rng.integers(0, 256, pages, dtype=np.uint8)
+    begin = (pages - array.nbytes) // LINE * LINE
+    copy = memory[begin : begin + array.nbytes].view(array.dtype)
+    copy[:] = array.reshape(-1)
+    return copy
