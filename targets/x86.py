@@ -174,7 +174,9 @@ AVX2 = InstructionSet(
 
 _LINKERS = ("gcc", "cc", "clang", "ld.lld", "x86_64-linux-gnu-ld", "ld")
 
-_AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+# All that the compiler may choose by itself for these processors, not only what the kernels ask for.
+_AVX2 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "popcnt", "movbe")
+_AVX512 = (*_AVX2, "avx512f", "avx512cd", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 
 TARGETS = (
     Target(
@@ -222,7 +224,7 @@ TARGETS = (
     Target(
         name="x86-avx2",
         machine="x86_64",
-        features=("avx2", "fma"),
+        features=_AVX2,
         tvm={"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "haswell"},
         isa=AVX2,
         linkers=_LINKERS,

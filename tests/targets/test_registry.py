@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import tvm
 from execution import TARGETS
+from tvm.target.codegen import llvm_get_cpu_features
 
 from qcompile.errors import DeviceError, TargetError
 from qcompile.targets import Target, get, names, registry
 
-X86 = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+X86 = get("x86-avx512-vnni").features  # VNNI is the last of them
 # What a processor must have to take dot products in this way.
 NEEDS = {
     "vpdpbusd": "avx512vnni",
@@ -95,6 +98,33 @@ def test_an_entry_point_that_gives_no_target_is_named(
 def test_a_target_asks_for_what_its_dot_products_need(name: str) -> None:
     target = get(name)
     assert {NEEDS[dot.name] for dot in target.isa.dots} <= set(target.features)
+
+
+# What LLVM knows a processor to have, by its own names, and the compiler does not choose by itself: all x86-64 and all
+# ARMv8-A has; for the system or on request only; a preference that needs nothing.
+BASELINE = {"64bit", "64bit-mode", "cmov", "cx8", "fp-armv8", "fxsr", "mmx", "neon", "sse", "sse2", "v8a", "x87"}
+ON_REQUEST = {
+    *("adx", "aes", "clflushopt", "clwb", "crc32", "cx16", "fsgsbase", "invpcid", "nopl", "pclmul"),
+    *("pku", "prfchw", "rdrnd", "rdseed", "sahf", "xsave", "xsavec", "xsaveopt", "xsaves"),
+    *("CONTEXTIDREL2", "ccpp", "el2vmsa", "el3", "ete", "lor", "pan", "pan-rwv", "ras", "trbe", "uaops", "vh"),
+}
+PREFERENCE = re.compile(
+    r"allow-|enable-|ermsb|false-deps-|fast|fuse-|idivq-to-divl|macrofusion|no-bypass-|slow-|tuning-|use-|vzeroupper"
+)
+# Where LLVM's name is not the system's.
+NAMES = {"amx-int8": "amxint8", "amx-tile": "amxtile", "bmi": "bmi1", "dotprod": "asimddp", "lzcnt": "abm"}
+IMPLIED = {
+    "avx2": {"avx", "sse3", "ssse3", "sse4.1", "sse4.2"},
+    "asimddp": {"v8.1a", "v8.2a", "crc", "lse", "rdm"},  # it came with ARMv8.2-A, which has these
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_asks_for_all_that_the_compiler_may_use(name: str) -> None:
+    target = get(name)
+    implied = {one for feature in target.features for one in IMPLIED.get(feature, ())}
+    may_use = llvm_get_cpu_features(tvm.target.Target(target.tvm)) - BASELINE - ON_REQUEST - implied
+    assert {NAMES.get(one, one) for one in may_use if not PREFERENCE.match(one)} <= set(target.features)
 
 
 @pytest.mark.parametrize("name", TARGETS)
