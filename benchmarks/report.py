@@ -36,9 +36,8 @@ METHOD = """\
 - **Speed** is relative to the best peer: the fastest engine in that row that is not this project's, int8
   or float. Above 1 is faster.
 - **Of peak**: multiply-accumulates of the model's convolutions and linear layers in a second, as a part of
-  what the machine's own int8 dot-product instruction does in registers, measured just after. With a matrix unit (AMX)
-  it is of that unit's peak, eight times as high: a network of few channels spends its time on loads and on what
-  follows a product.
+  what the machine's fastest int8 instruction does in registers, measured just after. AMX multiplies eight times as much
+  as a dot product; a network of few channels spends its time there on loads and on what follows a product.
 - **File**: all that a device needs besides the engine itself. **Compile**: from the float model in memory
   or in ONNX to these files, calibration included, importing the engine's packages not.
 - **Cold start**: from the start of a Python process to its first answer, with the files in the page cache. The

@@ -34,7 +34,8 @@ class ProfileRow:
         kernel: the function, as the ledger names it.
         seconds: the median of a call.
         macs: multiply-accumulates of its convolution or linear layer, else 0.
-        share_of_peak: of the machine's dot-product peak; None without a peak or without multiplications.
+        share_of_peak: of the machine's peak, which its fastest int8 instruction reaches in registers; None where the
+            kernel multiplies with another, or not at all.
         node: of the integer graph; "" for the float function.
     """
 
@@ -89,7 +90,7 @@ class Profile:
         microseconds = [row.seconds * 1e6 for row in self.rows]
         needed = [us * (row.share_of_peak or 0.0) for us, row in zip(microseconds, self.rows, strict=True)]
         axes.barh(places, microseconds, color="#c9d4e3", label="measured")
-        axes.barh(places, needed, color="#34618f", label="at the dot-product peak")
+        axes.barh(places, needed, color="#34618f", label="at the peak")
         axes.set_yticks(places, [f"{row.where or row.op}  {row.kernel}" for row in self.rows], fontsize=6)
         axes.set_ylim(len(self.rows) - 0.4, -0.6)
         axes.set_xlabel("microseconds")
@@ -101,12 +102,12 @@ def profile(
     program: Program, target: Any, chosen: Any, inputs: Sequence[np.ndarray], threads: int, seconds: float
 ) -> Profile:
     """Measure the kernels of `program`, with the `chosen` configs, on flat `inputs`; see `CompiledModel.profile`."""
-    from qcompile.targets.cpu.peak import peak_rate
+    from qcompile.targets.cpu.peak import peak_instruction, peak_rate
     from qcompile.targets.profiler import Profiler
 
     profiler = Profiler(program, target, chosen)
     measured = profiler.seconds(inputs, seconds)
-    peak = peak_rate(target, threads, repeat=30)
+    peak, fastest = peak_rate(target, threads, repeat=30), peak_instruction(target.isa)
     nodes = {node.name: node for node in program.graph.nodes}
     sizes = _sizes(program, inputs)
     rows = []
@@ -117,7 +118,7 @@ def profile(
             continue
         computes = kernel.startswith(profiler.kernels.get(name, kernel))
         macs = multiply_accumulates(node, sizes) if computes else 0
-        share = macs / taken / peak if macs and peak else None
+        share = macs / taken / peak if macs and peak and f"_{fastest}_" in kernel else None
         operator = node.name if node.op != "call_function" else str(node.target).split(".")[1]
         rows.append(ProfileRow(operator if computes else "copy", where(node), kernel, taken, macs, share, name))
     return Profile(tuple(rows), peak)

@@ -79,7 +79,7 @@ def _unpack(stored: Any) -> list[Any]:
 
 SQXTN = Narrow(count=4, order=np.arange(16), pack=_pack, unpack=_unpack)
 
-TAP_SDOT = TapDot(4, SQXTN, lambda acc, x, w: _llvm("int32x4", _SDOT, acc, x, w))
+TAP_SDOT = TapDot("sdot", 4, SQXTN, lambda acc, x, w: _llvm("int32x4", _SDOT, acc, x, w))
 
 NEON_DOTPROD = InstructionSet("int8", lanes=4, registers=32, dots=(SDOT,), narrows=(SQXTN,), tap_dots=(TAP_SDOT,))
 NEON = InstructionSet("int8", lanes=4, registers=32, dots=(SMULL,), narrows=(SQXTN,))

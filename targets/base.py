@@ -90,11 +90,13 @@ class TapDot:
     """A dot product of four bytes for each channel, at one width of vector.
 
     Attributes:
+        name: as kernels report it.
         lanes: int32 lanes; it takes 4 * lanes bytes of activations and of weights.
         narrow: how four such vectors are stored.
         accumulate: (acc, activations, weights) -> acc; exact for every weight.
     """
 
+    name: str
     lanes: int
     narrow: Narrow
     accumulate: Callable[[Any, Any, Any], Any]

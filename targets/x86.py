@@ -137,7 +137,11 @@ def _narrow(count: int, lanes: int, packssdw: str, packuswb: str) -> Narrow:
 
 def _tap_dot(lanes: int, narrow: Narrow) -> TapDot:
     intrinsic, acc, activations = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", f"int32x{lanes}", f"uint8x{4 * lanes}"
-    return TapDot(lanes, narrow, lambda a, x, w: _llvm(acc, intrinsic, a, T.reinterpret(activations, x), w))
+
+    def accumulate(a: Any, x: Any, w: Any) -> Any:
+        return _llvm(acc, intrinsic, a, T.reinterpret(activations, x), w)
+
+    return TapDot("vpdpbusd", lanes, narrow, accumulate)
 
 
 _NARROW_512 = "llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from execution import X86, skip_unless_runnable
 from passing import images, network
 from torch import nn
 from torch.export import Dim
 
 import qcompile
 from qcompile.errors import DeviceError, InputError
+from qcompile.targets.cpu import peak
 
 # (N, 3, 10, 10): the stem, the two convolutions of the block, the depthwise one, and the head.
 MACS = 25 * 16 * 3 * 9 + 2 * 25 * 16 * 16 * 9 + 4 * 16 * 9 + 16 * 5
@@ -28,6 +30,22 @@ def test_every_kernel_has_a_time_and_every_convolution_its_multiplications() -> 
     modules = [row.where for row in found.rows if row.macs]
     assert modules == ["0", "3.first.0", "3.second.0", "5", "9"]
     assert "conv" in str(found)
+
+
+@pytest.mark.parametrize("target", X86)
+def test_a_kernel_is_held_to_the_peak_of_the_instruction_that_it_uses(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_unless_runnable(target)
+    monkeypatch.setattr(peak, "peak_rate", lambda *_, **__: 3e9)
+    found = qcompile.compile(network(), target, calibration=images()).profile(images()[0], seconds=0.02)
+    fastest = {"x86-amx": "tdpbusd", "x86-avx2": None}.get(target, "vpdpbusd")
+    # Of the five layers one is depthwise, and the last has one pixel, too few for tiles.
+    held = [row for row in found.rows if row.macs and fastest and fastest in row.kernel]
+    assert len(held) == {"tdpbusd": 3, "vpdpbusd": 5, None: 0}[fastest]
+    for row in found.rows:
+        wanted = pytest.approx(row.macs / row.seconds / 3e9) if row in held else None
+        assert row.share_of_peak == wanted
 
 
 def test_a_dynamic_batch_is_counted_as_it_is_called() -> None:

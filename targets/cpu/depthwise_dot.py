@@ -157,7 +157,8 @@ def depthwise_dot(
         constants["tail"] = pack(filters.weight, shape, taps(shape, tail), isa)
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, constants, symbols, steps)
-    name = f"depthwise{shape.kernel[0]}x{shape.kernel[1]}_{config.rows}x{config.columns}"
+    dot, (kh, kw) = isa.tap_dots[0].name, shape.kernel
+    name = f"depthwise{kh}x{kw}_{dot}_{config.rows}x{config.columns}"
     return Kernel(name, func, tuple(constants.values()))
 
 

@@ -30,11 +30,19 @@ class PeakKernel:
     macs: int
 
 
+def peak_instruction(isa: InstructionSet) -> str | None:
+    """The one that multiplies the most in a cycle, as kernels name it; None where there is no int8 dot product."""
+    if isa.matrix is not None:
+        return isa.matrix.name
+    return isa.dots[0].name if isa.dots[0].name in SINGLE_INSTRUCTION else None
+
+
 def peak_kernel(target: Target, threads: int) -> PeakKernel | None:
     """The kernel for `target` on `threads` threads; None where it has no int8 dot product instruction."""
-    if target.isa.matrix is not None:
-        return _matrices(target.isa, target.isa.matrix, threads)
-    return _dots(target.isa, threads) if target.isa.dots[0].name in SINGLE_INSTRUCTION else None
+    isa = target.isa
+    if peak_instruction(isa) is None:
+        return None
+    return _dots(isa, threads) if isa.matrix is None else _matrices(isa, isa.matrix, threads)
 
 
 def _dots(isa: InstructionSet, threads: int) -> PeakKernel:
@@ -67,16 +75,16 @@ def _dots(isa: InstructionSet, threads: int) -> PeakKernel:
 def _matrices(isa: InstructionSet, unit: MatrixUnit, threads: int) -> PeakKernel:
     tall = wide = 2  # as many as keep the unit busy
     registers, lanes = unit.registers(tall, wide, unit.rows, unit.depth), isa.lanes
-    line, tile = 4 * unit.depth, 4 * unit.depth * unit.rows  # bytes
+    pixel, line = 4 * unit.depth, 4 * lanes  # bytes of a row of pixels, of a row of weights
     with emit.function("peak") as (arguments, done):
-        x = arguments.buffer("x", tile, isa.storage)
-        weights = arguments.buffer("weights", tile, "int8")
+        x = arguments.buffer("x", unit.rows * pixel, isa.storage)
+        weights = arguments.buffer("weights", unit.depth * line, "int8")
         out = arguments.buffer("out", threads * lanes, "int32")
         with T.parallel(0, threads) as task:
             with T.attr(0, "pragma_import_llvm", registers.code):
                 registers.begin()
             for i in range(tall):
-                registers.load_pixels(i, T.address_of(x[0]), line)
+                registers.load_pixels(i, T.address_of(x[0]), pixel)
             for j in range(wide):
                 registers.load_weights(j, T.address_of(weights[0]), line)
             with T.serial(0, REPEAT) as _:
@@ -88,8 +96,8 @@ def _matrices(isa: InstructionSet, unit: MatrixUnit, threads: int) -> PeakKernel
             registers.end()
     rng = np.random.default_rng(0)
     buffers = [
-        rng.integers(0, 256, tile).astype(isa.storage),
-        rng.integers(-100, 100, tile).astype("int8"),
+        rng.integers(0, 256, unit.rows * pixel).astype(isa.storage),
+        rng.integers(-100, 100, unit.depth * line).astype("int8"),
         np.zeros(threads * lanes, "int32"),
     ]
     return PeakKernel(done.result, buffers, threads * REPEAT * tall * wide * unit.rows * lanes * 4 * unit.depth)
