@@ -12,8 +12,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-TILES, ROWS, DEPTH = 8, 16, 16  # registers; rows of one; words of four bytes in a row
-_WIDTH = 64  # bytes of a row of sums or of weights
+TILES, ROWS, LINE = 8, 16, 64  # registers; rows of one; bytes of a row
 _PALETTE = 1
 
 _MOVES = """
@@ -115,11 +114,9 @@ class AmxRegisters:
     @property
     def code(self) -> str:
         """LLVM IR of the functions that the methods call; functions of one name are the same."""
-        shapes = dict.fromkeys(
-            (self._sum(i, j) for i in range(self.tall) for j in range(self.wide)), (self.rows, _WIDTH)
-        )
+        shapes = dict.fromkeys((self._sum(i, j) for i in range(self.tall) for j in range(self.wide)), (self.rows, LINE))
         shapes |= {self._pixels(i): (self.rows, 4 * self.depth) for i in range(self.tall)}
-        shapes |= {self._weights(j): (self.depth, _WIDTH) for j in range(self.wide)}
+        shapes |= {self._weights(j): (self.depth, LINE) for j in range(self.wide)}
         words = bytearray(64)  # the palette; from byte 16 the bytes of a row of each register; from byte 48 its rows
         words[0] = _PALETTE
         for tile, (rows, width) in shapes.items():
@@ -171,7 +168,7 @@ class AmxRegisters:
     def memory(self, count: int) -> Any:
         """On the stack, for the sums of `count` registers, a line of memory for each row. (Of what TVM allocates by
         itself, only less than 1 KiB is on the stack.)"""
-        words = count * self.rows * _WIDTH // 8 + 7
+        words = count * self.rows * LINE // 8 + 7
         place = T.tvm_stack_alloca("shape", words)
         return T.bind(T.call_extern("handle", "qcompile_amx_aligned", place))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -102,6 +102,26 @@ class TapDot:
     accumulate: Callable[[Any, Any, Any], Any]
 
 
+class TileRegisters(Protocol):
+    """The registers of a block of sums, as instructions that a kernel may emit: tile i of its pixels, j of its
+    channels. What they do is said in `qcompile.targets.amx`."""
+
+    @property
+    def code(self) -> str:
+        """LLVM IR that the kernel imports."""
+
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
+    def load_sum(self, i: int, j: int, memory: Any, stride: Any) -> None: ...
+    def load_pixels(self, i: int, memory: Any, stride: Any) -> None: ...
+    def load_weights(self, j: int, memory: Any, stride: Any) -> None: ...
+    def prefetch(self, memory: Any) -> None: ...
+    def multiply(self, i: int, j: int) -> None: ...
+    def memory(self, count: int) -> Any: ...
+    def store_sum(self, i: int, j: int, memory: Any, slot: Any) -> None: ...
+    def sums(self, memory: Any, slot: Any, row: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class MatrixUnit:
     """Registers that hold tiles of matrices, and multiply them exactly: uint8 by int8 into int32.
@@ -111,14 +131,18 @@ class MatrixUnit:
         tiles: how many registers.
         rows: of a tile of pixels or sums.
         depth: groups of four channels in a row of pixels, and rows of a tile of weights.
-        registers: (tiles of pixels, of channels, rows, depth) of a block -> its registers, as instructions to call.
+        latency: cycles until a sum can be added to again.
+        l2_bytes_a_cycle: of weights, as streams of them come from the second-level cache.
+        registers: (tiles of pixels, of channels, rows, depth) of a block -> its registers.
     """
 
     name: str
     tiles: int
     rows: int
     depth: int
-    registers: Callable[[int, int, int, int], Any]
+    latency: int
+    l2_bytes_a_cycle: int
+    registers: Callable[[int, int, int, int], TileRegisters]
 
 
 @dataclass(frozen=True)

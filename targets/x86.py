@@ -163,7 +163,15 @@ AVX512_VNNI = InstructionSet(
 AVX512_BF16 = replace(AVX512_VNNI, bfloat16=VDPBF16PS)
 AMX = replace(
     AVX512_BF16,
-    matrix=MatrixUnit("tdpbusd", amx.TILES, amx.ROWS, amx.DEPTH, amx.AmxRegisters),
+    matrix=MatrixUnit(
+        "tdpbusd",
+        tiles=amx.TILES,
+        rows=amx.ROWS,
+        depth=amx.LINE // 4,
+        latency=52,
+        l2_bytes_a_cycle=40,
+        registers=amx.AmxRegisters,
+    ),
     issue=(2,),
     l1_bytes=48 << 10,
     l2_bytes=2 << 20,

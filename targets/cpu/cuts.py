@@ -12,9 +12,8 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcompile.targets.base import MatrixUnit
 from qcompile.targets.cpu.filters import ConvShape
-
-LATENCY = 52  # cycles until a sum can be added to again
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ class Runs:
     pitch: int | None = None
 
     @classmethod
-    def of(cls, shape: ConvShape, most: int) -> Runs:
+    def of(cls, shape: ConvShape, unit: MatrixUnit) -> Runs:
         """Those that take the fewest cycles."""
         _, height, width = shape.y.extents
-        ways = [cls(height, width, Cut.of(width, most))]
+        ways = [cls(height, width, Cut.of(width, unit.rows))]
         if shape.stride == (1, 1) and height > 1:
             pitch = shape.x.padded[1]
-            ways.append(cls(1, width, Cut.of((height - 1) * pitch + width, most), pitch))
-        return min(ways, key=lambda runs: runs.parts * max(runs.cut.size, LATENCY // 4))
+            ways.append(cls(1, width, Cut.of((height - 1) * pitch + width, unit.rows), pitch))
+        return min(ways, key=lambda runs: runs.parts * max(runs.cut.size, unit.latency // 4))
 
     @property
     def parts(self) -> int:

@@ -24,7 +24,7 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet, MatrixUnit
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order, per_channel
-from qcompile.targets.cpu.cuts import LATENCY, Cut, Runs
+from qcompile.targets.cpu.cuts import Cut, Runs
 from qcompile.targets.cpu.emit import Kernel, function, on_each_thread, only_if
 from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.generator import Generator, tile_name
@@ -32,7 +32,6 @@ from qcompile.targets.cpu.tasks import split
 from qcompile.targets.layout import align
 
 FEWEST_PIXELS = 4  # of a run: the weights are loaded for each part anew
-L2_BYTES_A_CYCLE = 40  # as streams of weights reach it
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,13 @@ def suits(shape: ConvShape, isa: InstructionSet) -> bool:
         return False
     laid = _laid(shape)
     known = all(isinstance(extent, int) and extent > 0 for extent in (*laid.y.extents[1:], laid.x.channels))
-    return known and Runs.of(laid, isa.matrix.rows).cut.size >= FEWEST_PIXELS
+    return known and Runs.of(laid, isa.matrix).cut.size >= FEWEST_PIXELS
 
 
 def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Runs, Cut]:
     """Of the pixels, and of the sum over the channels of a tap."""
     bytes_of_tap = (_joined(shape) - 1) * shape.x.pitch + align(shape.x.channels, 4)
-    return Runs.of(shape, unit.rows), Cut.of(bytes_of_tap // 4, unit.depth)
+    return Runs.of(shape, unit), Cut.of(bytes_of_tap // 4, unit.depth)
 
 
 def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[MatrixConfig]:
@@ -105,8 +104,8 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
 
     def cycles(config: tuple[int, int]) -> float:
         tall, wide = config
-        far = wide * tile_bytes / L2_BYTES_A_CYCLE if steps * wide * tile_bytes > isa.l1_bytes // 2 else 0.0
-        step = max(tall * wide * rows, LATENCY, (tall * rows + wide * sum_of.size) / 2, far)
+        far = wide * tile_bytes / unit.l2_bytes_a_cycle if steps * wide * tile_bytes > isa.l1_bytes // 2 else 0.0
+        step = max(tall * wide * rows, unit.latency, (tall * rows + wide * sum_of.size) / 2, far)
         return (steps * step + tall * rows * (4 * wide + 3 * len(isa.narrows_for(wide)))) / (tall * wide)
 
     able = [
