@@ -21,7 +21,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.base import InstructionSet, MatrixUnit
+from qcompile.targets.base import InstructionSet, MatrixUnit, TileRegisters
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order, per_channel
 from qcompile.targets.cpu.cuts import Cut, Runs
@@ -177,86 +177,123 @@ def _build(
     steps: epilogue.Steps,
 ) -> tirx.PrimFunc:
     runs, sum_of = cuts
-    rows = runs.cut.size
-    unit, lanes, tall, vectors = _unit(isa), isa.lanes, config.tall, config.vectors
-    blocks, kh, kw = packed[:3]
-    vector = 4 * lanes  # bytes
-    block = vectors * lanes
-    batch = shape.y.extents[0]
-    tiles = -(-runs.parts // tall)  # of an image
-    panel_lines = vectors * sum_of.size  # of the weights of a step
-    share = -(-panel_lines // tiles)  # of them that each tile fetches for the next block of channels
-    registers = unit.registers(tall, vectors, rows, sum_of.size)
+    registers = _unit(isa).registers(config.tall, config.vectors, runs.cut.size, sum_of.size)
     with function("conv") as (args, done):
         x = args.buffer("x", shape.x.size, isa.storage)
         residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
         weights, integers, floats = args.constants(**constants)
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, isa.storage)
-        finish = epilogue.Finish(y, residual, shape.y, shape.residual, integers, floats, isa, vectors, steps)
-
-        def parts(t: Any) -> list[tuple[Any, Any, Any]]:
-            """Of tile `t`: the number of each, its run, and its first pixel there. The last tile starts early too."""
-            first = T.min(t * tall, runs.parts - tall) if runs.parts % tall else t * tall
-            numbers = [first + i for i in range(tall)]
-            return [(p, T.floordiv(p, runs.cut.count), runs.cut.start(T.floormod(p, runs.cut.count))) for p in numbers]
-
-        def products(n: Any, t: Any, b: Any) -> None:
-            """The sums of tile `t` of image `n` and block `b` of output channels."""
-            for j in range(vectors):
-                bias = T.address_of(integers[epilogue.HEAD + b * block + j * lanes])
-                for i in range(tall):
-                    registers.load_sum(i, j, bias, 0)  # every row the same
-            with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, sum_of.count) as k:
-                for i, (_, run, first) in enumerate(parts(t)):
-                    pixel = shape.x.offset(
-                        n,
-                        run * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
-                        first * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
-                        sum_of.start(k) * 4,
-                    )
-                    registers.load_pixels(i, T.address_of(x[pixel]), shape.stride[1] * shape.x.pitch)
-                panel = (((b * kh + i_h) * kw + i_w) * sum_of.count + k) * vectors
-                if config.channels_outer:
-                    with only_if(t * share < panel_lines):
-                        following = (panel + kh * kw * sum_of.count * vectors) * sum_of.size + t * share
-                        for line in range(share):
-                            registers.prefetch(T.address_of(weights[(following + line) * vector]))
-                for j in range(vectors):
-                    registers.load_weights(j, T.address_of(weights[(panel + j) * sum_of.size * vector]), vector)
-                    for i in range(tall):
-                        registers.multiply(i, j)
-
-        def store(memory: Any, n: Any, t: Any, b: Any) -> None:
-            """Store tile `t`, but for what another has stored and for what lies beyond the width."""
-            for i, (part, run, first) in enumerate(parts(t)):
-                with T.serial(0, rows) as row:
-                    pixel = first + row
-                    own = [part >= t * tall] if runs.parts % tall else []
-                    if runs.cut.overlaps:
-                        own.append(pixel >= T.floormod(part, runs.cut.count) * rows)
-                    h, w = runs.place(run, pixel)
-                    if runs.gaps:
-                        own.append(w < runs.width)
-                    with only_if(*own):
-                        sums = [registers.sums(memory, i * vectors + v, row) for v in range(vectors)]
-                        finish.store((n, h, w), b, sums)
+        finish = epilogue.Finish(y, residual, shape.y, shape.residual, integers, floats, isa, config.vectors, steps)
+        tile = Tile(shape, config, runs, sum_of, packed[1:3], isa.lanes, registers, x, weights, integers, finish)
+        tiles, blocks = shape.y.extents[0] * tile.of_image, packed[0]
 
         def task(at: Any, b: Any) -> None:
-            n, t = T.floordiv(at, tiles), T.floormod(at, tiles)
-            products(n, t, b)
-            memory = registers.memory(tall * vectors)
-            for i, j in np.ndindex(tall, vectors):
-                registers.store_sum(i, j, memory, i * vectors + j)
-            store(memory, n, t, b)
+            n, t = T.floordiv(at, tile.of_image), T.floormod(at, tile.of_image)
+            tile.multiply(n, t, b)
+            tile.store(n, t, b)
 
-        with on_each_thread(batch * tiles * blocks):
+        with on_each_thread(tiles * blocks):
             with T.attr(0, "pragma_import_llvm", registers.code):
                 registers.begin()
-            split(batch * tiles, blocks, config.channels_outer, task)
+            split(tiles, blocks, config.channels_outer, task)
             registers.end()
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a kernel does for tile `t` of image `n` and block `b` of output channels.
+
+    Attributes:
+        taps: rows and columns of the packed kernel.
+        x, weights, integers: buffers.
+        finish: stores the sums.
+    """
+
+    shape: ConvShape
+    config: MatrixConfig
+    runs: Runs
+    sum_of: Cut
+    taps: tuple[int, ...]
+    lanes: int
+    registers: TileRegisters
+    x: Any
+    weights: Any
+    integers: Any
+    finish: epilogue.Finish
+
+    @property
+    def of_image(self) -> int:
+        """How many tiles an image has."""
+        return -(-self.runs.parts // self.config.tall)
+
+    def multiply(self, n: Any, t: Any, b: Any) -> None:
+        """Let the registers hold the sums."""
+        shape, registers = self.shape, self.registers
+        self._load_bias(b)
+        kh, kw = self.taps
+        with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, self.sum_of.count) as k:
+            for i, (_, run, first) in enumerate(self._parts(t)):
+                pixel = shape.x.offset(
+                    n,
+                    run * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
+                    first * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                    self.sum_of.start(k) * 4,
+                )
+                registers.load_pixels(i, T.address_of(self.x[pixel]), shape.stride[1] * shape.x.pitch)
+            panel = (((b * kh + i_h) * kw + i_w) * self.sum_of.count + k) * self.config.vectors
+            if self.config.channels_outer:
+                self._prefetch(t, panel)
+            line = 4 * self.lanes  # bytes
+            for j in range(self.config.vectors):
+                registers.load_weights(j, T.address_of(self.weights[(panel + j) * self.sum_of.size * line]), line)
+                for i in range(self.config.tall):
+                    registers.multiply(i, j)
+
+    def store(self, n: Any, t: Any, b: Any) -> None:
+        """Store the sums, but for what another tile has stored and for what lies beyond the width."""
+        runs, tall, vectors = self.runs, self.config.tall, self.config.vectors
+        memory = self.registers.memory(tall * vectors)
+        for i, j in np.ndindex(tall, vectors):
+            self.registers.store_sum(i, j, memory, i * vectors + j)
+        for i, (part, run, first) in enumerate(self._parts(t)):
+            with T.serial(0, runs.cut.size) as row:
+                pixel = first + row
+                own = [part >= t * tall] if runs.parts % tall else []
+                if runs.cut.overlaps:
+                    own.append(pixel >= T.floormod(part, runs.cut.count) * runs.cut.size)
+                h, w = runs.place(run, pixel)
+                if runs.gaps:
+                    own.append(w < runs.width)
+                with only_if(*own):
+                    sums = [self.registers.sums(memory, i * vectors + v, row) for v in range(vectors)]
+                    self.finish.store((n, h, w), b, sums)
+
+    def _parts(self, t: Any) -> list[tuple[Any, Any, Any]]:
+        """The number of each part of a tile, its run, and its first pixel there. The last tile starts early too."""
+        runs, tall = self.runs, self.config.tall
+        first = T.min(t * tall, runs.parts - tall) if runs.parts % tall else t * tall
+        numbers = [first + i for i in range(tall)]
+        return [(p, T.floordiv(p, runs.cut.count), runs.cut.start(T.floormod(p, runs.cut.count))) for p in numbers]
+
+    def _load_bias(self, b: Any) -> None:
+        block = self.config.vectors * self.lanes
+        for j in range(self.config.vectors):
+            bias = T.address_of(self.integers[epilogue.HEAD + b * block + j * self.lanes])
+            for i in range(self.config.tall):
+                self.registers.load_sum(i, j, bias, 0)  # every row the same
+
+    def _prefetch(self, t: Any, panel: Any) -> None:
+        """Fetch this tile's share of what the next block of channels will multiply with, where `panel` is now."""
+        vectors, size = self.config.vectors, self.sum_of.size
+        lines = vectors * size  # of the weights of a step
+        share = -(-lines // self.of_image)
+        with only_if(t * share < lines):
+            following = (panel + self.taps[0] * self.taps[1] * self.sum_of.count * vectors) * size + t * share
+            for line in range(share):
+                self.registers.prefetch(T.address_of(self.weights[(following + line) * (4 * self.lanes)]))
 
 
 MATRIX = Generator("matrix", configs, conv)
