@@ -72,12 +72,15 @@ def answers(
     candidate: Candidate, inputs: Sequence[Sequence[np.ndarray]], threads: int, remote: Remote | None
 ) -> tuple[list[np.ndarray], float]:
     """What a call of the candidate computes from each of `inputs`, the second in the memory of the first; and the
-    seconds of another call."""
+    seconds of a call: of one, or of many in a row where that takes no time."""
     with _device(threads, remote, TIMEOUT) as device:
         machine, constants = device.load(candidate)
         arguments = [[*map(device.tensor, each), *constants] for each in inputs]
         outputs = [machine["once"](*each).numpy() for each in arguments]
-        return outputs, device.seconds(machine, "once", 1, arguments[0])
+        seconds = device.seconds(machine, "once", 1, arguments[0])
+        if (number := int(BLOCK_SECONDS / seconds)) > 1:
+            seconds = min(seconds, device.seconds(machine, "once", number, arguments[0]))
+        return outputs, seconds
 
 
 @dataclass(frozen=True)
