@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from qcompile.config import QuantConfig
+from qcompile.errors import ConfigError
 from qcompile.ir import Program, Property
 from qcompile.ops import Row
 
@@ -58,6 +60,19 @@ class Context:
         """Tell the progress callback, if there is one."""
         if self.progress is not None:
             self.progress(what, done, total)
+
+
+def check_number(owner: str, name: str, value: Any, kind: type, least: float, most: float = math.inf) -> None:
+    """Refuse an option `name` of the pass class `owner` that is no `kind` (int or float) from `least` to `most`.
+
+    Raises:
+        ConfigError
+    """
+    number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if not number or not least <= value <= most or math.isinf(value):
+        what = "a whole number" if kind is int else "a number"
+        up = f" to {most:g}" if most < math.inf else " on"
+        raise ConfigError(f"{name} is {value!r}", where=owner, remedy=f"use {what} from {least:g}{up}")
 
 
 class Pass(ABC):

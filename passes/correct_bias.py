@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, fx
 
 from qcompile import ops
-from qcompile.errors import CalibrationError
 from qcompile.ir import Program, Property, constant
 from qcompile.passes.base import Context, Pass
 from qcompile.qdq import is_dequantize, is_quantize
 from qcompile.sites import only_user, other_operand
-from qcompile.twins import Layer, is_layer, layers
+from qcompile.twins import Layer, layers
 from qcompile.weights import by_channel
 
 aten = torch.ops.aten
@@ -63,13 +62,6 @@ class CorrectBias(Pass):
                 layer.set_bias(shift if layer.bias is None else layer.bias.double() + shift)
                 changed = True
 
-        if not context.samples and any(is_layer(node, context.originals) for node in program.graph.nodes):
-            raise CalibrationError(
-                "calibration kept no samples to correct biases by",
-                where="pass 'correct_bias'",
-                remedy="use another preset than 'fast', which keeps none (or none, and observer='mse'), or "
-                "CorrectBiasAnalytic",
-            )
         for done, total in layers(program, context.samples, context.originals, visit):
             context.report("correct bias", done, total)
         return changed

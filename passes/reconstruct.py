@@ -26,15 +26,16 @@ import torch
 from torch import Tensor
 
 from qcompile.blocks import Block, blocks
-from qcompile.errors import CalibrationError, ConfigError
+from qcompile.errors import CalibrationError
 from qcompile.ir import Program, Property
 from qcompile.leastsquares import DECAY, solve
-from qcompile.passes.base import Context, Pass
+from qcompile.passes.base import Context, Pass, check_number
+from qcompile.passes.calibrate import count_samples
 from qcompile.trainable import TrainableBlock
 from qcompile.twins import Layer
 
 _HELD_BACK = 4  # one sample of so many
-_FEWEST = 8  # of which two are held back: with one, nothing would tell a gain from chance
+_FEWEST = 8  # with one held back, nothing would tell a gain from chance
 _BATCH = 2  # samples of one step of Adam
 _WEIGHT_RATE, _BIAS_RATE, _SCALE_RATE = 0.02, 0.3, 3e-4
 _STANDARD_ERRORS = 2
@@ -50,8 +51,8 @@ class Reconstruct(Pass):
         decay: as of `RoundWeights`.
 
     Raises:
-        ConfigError: epochs is not positive.
-        CalibrationError: calibration kept fewer than 8 samples.
+        ConfigError: an option is out of its range.
+        CalibrationError: calibration kept fewer than 8 samples, or all of them in one batch of a static size.
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -61,22 +62,26 @@ class Reconstruct(Pass):
     decay: float = DECAY
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigError(
-                f"epochs is {self.epochs!r}", where="Reconstruct", remedy="use a positive number, such as 8"
-            )
+        check_number("Reconstruct", "epochs", self.epochs, int, 1)
+        check_number("Reconstruct", "seed", self.seed, int, 0, 2**63 - 1)
+        check_number("Reconstruct", "decay", self.decay, float, 0)
 
     def run(self, program: Program, context: Context) -> bool:
         samples = _single(program, context.samples)
-        if len(samples) < _FEWEST:
+        count = sum(map(count_samples, samples))
+        if count < _FEWEST or len(samples) < 2:
+            batches = f" in {len(samples)} batch{'' if len(samples) == 1 else 'es'}"
             raise CalibrationError(
-                f"calibration kept {len(samples)} samples, and {_FEWEST} are needed to hold some back",
+                f"calibration kept {count} samples{batches}; {_FEWEST} in two are needed to hold some back",
                 where="pass 'reconstruct'",
-                remedy="calibrate on more, with another preset than 'fast', which keeps none",
+                remedy="calibrate on more, with another preset than 'fast', which keeps none; "
+                "or make the batch dynamic (dynamic_shapes), or smaller",
             )
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(samples), generator=generator)
-        held_back, seen = order.tensor_split([len(order) // _HELD_BACK])
+        held_back, seen = order.tensor_split([max(1, len(order) // _HELD_BACK)])
+
+        unseen = sum(count_samples(samples[i]) for i in held_back.tolist())
 
         def choose(layer: Layer) -> None:
             solve(layer, self.decay)
@@ -86,7 +91,7 @@ class Reconstruct(Pass):
                 return False
             trained = TrainableBlock(block)
             if not _fit(trained, seen, held_back.tolist(), self.epochs, generator):
-                reason = f"the error of its block did not fall on the {len(held_back)} samples that were held back"
+                reason = f"the error of its block did not fall on the {unseen} samples that were held back"
                 program.ledger.decline(self.name, block.layers[-1].node, reason)
                 return False
             if not context.spend(self.name, block.layers[-1].node):
@@ -127,7 +132,7 @@ def _fit(block: TrainableBlock, seen: Tensor, held_back: list[int], epochs: int,
             optimizer.zero_grad()
             with torch.enable_grad():
                 for sample in batch.tolist():
-                    (_error(block, sample) / before.mean() / len(batch)).backward()
+                    (_error(block, sample).mean() / before.mean() / len(batch)).backward()
             optimizer.step()
             schedule.step()
         errors = _errors(block, held_back)
@@ -140,12 +145,15 @@ def _fit(block: TrainableBlock, seen: Tensor, held_back: list[int], epochs: int,
 
 
 def _errors(block: TrainableBlock, samples: list[int]) -> Tensor:
-    """(samples,) float64."""
+    """One for each row of the batches `samples`, float64."""
     with torch.no_grad():
-        return torch.stack([_error(block, sample) for sample in samples]).double()
+        return torch.cat([_error(block, sample) for sample in samples]).double()
 
 
 def _error(block: TrainableBlock, sample: int) -> Tensor:
-    """The mean squared error of the outputs, summed."""
+    """The mean squared error of the outputs, summed: of each row, where all outputs have as many; else one."""
     made, wanted = block(sample), block.block.outputs
-    return torch.stack([(made[node] - wanted[node][sample]).square().mean() for node in wanted]).sum()
+    squares = [(made[node] - wanted[node][sample]).square() for node in wanted]
+    rows = {square.shape[0] if square.dim() > 1 else 1 for square in squares}
+    count = rows.pop() if len(rows) == 1 else 1
+    return torch.stack([square.reshape(count, -1).mean(1) for square in squares]).sum(0)

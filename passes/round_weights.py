@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from qcompile.ir import Program, Property
 from qcompile.leastsquares import DECAY, solve
-from qcompile.passes.base import Context, Pass
+from qcompile.passes.base import Context, Pass, check_number
 from qcompile.twins import Layer, layers
 
 
@@ -21,15 +21,19 @@ class RoundWeights(Pass):
     Attributes:
         decay: how strongly weights are held to the float ones; in units of a tap's mean variance, for as many
             positions as taps.
+
+    Raises:
+        ConfigError: decay is negative. CalibrationError: calibration kept no samples.
     """
 
     name: ClassVar[str] = "round_weights"
     requires: ClassVar[frozenset[Property]] = frozenset({Property.QDQ})
     decay: float = DECAY
 
+    def __post_init__(self) -> None:
+        check_number("RoundWeights", "decay", self.decay, float, 0)
+
     def run(self, program: Program, context: Context) -> bool:
-        if not context.samples:
-            return False
 
         def visit(layer: Layer) -> None:
             solve(layer, self.decay)

@@ -27,9 +27,9 @@ from torch import Tensor, fx
 from qcompile.batches import Batches, empty
 from qcompile.channels import MAKERS, Link, columns, links_behind, move, weight_of
 from qcompile.distributed import processes
-from qcompile.errors import CalibrationError, ConfigError
+from qcompile.errors import CalibrationError
 from qcompile.ir import Program, Property
-from qcompile.passes.base import Context, Pass
+from qcompile.passes.base import Context, Pass, check_number
 from qcompile.passes.calibrate import check_batch, count_samples
 
 _LITTLE = 1e-3  # a logarithm of a factor that is not worth a change
@@ -54,12 +54,8 @@ class Smooth(Pass):
     samples: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha is {self.alpha!r}", where="Smooth", remedy="use a value in [0, 1], such as 0.5")
-        if self.samples < 1:
-            raise ConfigError(
-                f"samples is {self.samples!r}", where="Smooth", remedy="use a positive number, such as 64"
-            )
+        check_number("Smooth", "alpha", self.alpha, float, 0, 1)
+        check_number("Smooth", "samples", self.samples, int, 1)
 
     def run(self, program: Program, context: Context) -> bool:
         links = links_behind(program, MAKERS, self.name)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from qcompile import ops
+from qcompile.errors import CalibrationError
 from qcompile.ir import Program, add_constant, constant, origin
 from qcompile.ops.conv import argument, geometry
 
@@ -130,8 +131,17 @@ def layers(
     Args:
         samples: inputs of the model.
         originals: name of a node of the qdq graph -> what it was in float.
+
+    Raises:
+        CalibrationError: there are layers, and no samples.
     """
     total = sum(is_layer(node, originals) for node in program.graph.nodes)
+    if total and not samples:
+        raise CalibrationError(
+            "calibration kept no samples to compare layers on",
+            where="QuantConfig(preset='fast')",
+            remedy="use another preset, which keeps some (or none, and observer='mse'), or leave the pass out",
+        )
     nodes = [node for node in program.graph.nodes if node.op != "output"]
     for done, _ in enumerate(Run(program, samples, originals).layers(nodes, visit), 1):
         yield done, total

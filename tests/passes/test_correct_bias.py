@@ -98,8 +98,9 @@ def test_a_sum_that_a_relu_reads_is_left_to_itself() -> None:
     assert node == convolutions[1]
 
 
-def test_without_samples_there_is_an_error() -> None:
-    pipeline, config = default_pipeline().after("quantize", CorrectBias()), QuantConfig(preset="fast")
+@pytest.mark.parametrize("step", [EMPIRICAL, RoundWeights()])
+def test_without_samples_there_is_an_error(step: Pass) -> None:
+    pipeline, config = default_pipeline().after("quantize", step), QuantConfig(preset="fast")
     error = refusal(network(), images(16), config=config, pipeline=pipeline)
     assert "kept no samples" in str(error)
 

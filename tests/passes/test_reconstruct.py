@@ -21,6 +21,7 @@ from qcompile.manager import PassManager
 from qcompile.passes import Context, Pass, default_pipeline, reconstruct
 from qcompile.passes.reconstruct import Reconstruct
 from qcompile.passes.round_weights import RoundWeights
+from qcompile.passes.smooth import Smooth
 from qcompile.qdq import is_quantize, params
 from qcompile.trainable import TrainableBlock
 
@@ -215,11 +216,44 @@ def test_a_rewrite_limit_leaves_later_blocks_as_least_squares_made_them() -> Non
 
 def test_too_few_samples_and_no_epochs_are_errors() -> None:
     pipeline = default_pipeline().after("quantize", Reconstruct())
-    assert "kept 7 samples, and 8 are needed" in str(refusal(network(), images(7), pipeline=pipeline))
+    assert "kept 7 samples in 7 batches; 8 in two are needed" in str(refusal(network(), images(7), pipeline=pipeline))
+    one_batch = [randn(64, 3, 10, 10)]
+    assert "kept 64 samples in 1 batch;" in str(refusal(network(), one_batch, pipeline=pipeline))
     fast = QuantConfig(preset="fast")
     assert "kept 0 samples" in str(refusal(network(), images(16), config=fast, pipeline=pipeline))
     with pytest.raises(ConfigError, match="epochs is 0"):
         Reconstruct(epochs=0)
+
+
+def test_samples_of_a_large_static_batch_are_counted_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "_WEIGHT_RATE", 30.0)  # much too long steps: no block is kept
+    program, context = quantized(network(), [randn(8, 3, 10, 10, seed=i) for i in range(4)])
+    PassManager((Reconstruct(epochs=1),)).run(program, context)
+    reasons = [reason for rule, _, reason in program.ledger.declined if rule == "reconstruct"]
+    assert len(reasons) == 4
+    assert all("8 samples that were held back" in reason for reason in reasons)
+    block = visited(program, context)[0]
+    assert len(reconstruct._errors(TrainableBlock(block), [1, 3])) == 16
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Reconstruct(epochs=1.5), "epochs is 1.5"),  # type: ignore[arg-type]
+        (lambda: Reconstruct(epochs="a"), "epochs is 'a'"),  # type: ignore[arg-type]
+        (lambda: Reconstruct(seed=-1), "seed is -1"),
+        (lambda: Reconstruct(decay=-3), "decay is -3"),
+        (lambda: RoundWeights(decay=float("nan")), "decay is nan"),
+        (lambda: RoundWeights(decay=float("inf")), "decay is inf"),
+        (lambda: RoundWeights(decay="x"), "decay is 'x'"),  # type: ignore[arg-type]
+        (lambda: Smooth(alpha="x"), "alpha is 'x'"),  # type: ignore[arg-type]
+        (lambda: Smooth(alpha=1.1), r"alpha is 1.1(.|\n)*a number from 0 to 1"),
+        (lambda: Smooth(samples=True), "samples is True"),
+    ],
+)
+def test_options_of_passes_are_checked_when_they_are_made(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_a_model_without_layers_is_left_alone() -> None:
