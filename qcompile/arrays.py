@@ -6,9 +6,11 @@ in the order of the file.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -63,7 +65,7 @@ def read_arrays(path: Path, kind: type[QcompileError]) -> dict[str, np.ndarray]:
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("it holds something other than arrays")
             return arrays
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, KeyError, BadZipFile, zlib.error) as error:
         raise kind(
             f"the arrays cannot be read: {error}", where=str(path), remedy="give a file that numpy.savez wrote"
         ) from error

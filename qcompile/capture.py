@@ -152,7 +152,9 @@ def _check_signature(exported: ExportedProgram) -> None:
                 f"{kinds[spec.kind]} {spec.target!r} when it runs",
                 where=where(made) if made is not None else None,
                 source=source(made) if made is not None else None,
-                remedy="call model.eval(); state that changes from call to call must be an input and an output",
+                remedy="change a copy: x = x + 1, not x += 1"
+                if spec.kind is OutputKind.USER_INPUT_MUTATION
+                else "call model.eval(); state that changes from call to call must be an input and an output",
             )
 
 

@@ -65,6 +65,9 @@ Calibration = Annotated[
 ]
 ModelFile = Annotated[Path, typer.Argument(help="a compiled model (.qcm)", metavar="MODEL.qcm")]
 Threads = Annotated[int | None, typer.Option(help="threads for a call [default: all cores]")]
+Batch = Annotated[int | None, typer.Option(min=1, help="samples per calibration step [default: the model's own]")]
+WeightBits = Annotated[int, typer.Option(help="bits of a weight, 2 to 8")]
+Activations = Annotated[str, typer.Option(help="static; or, for linear layers, dynamic or float")]
 
 
 @app.command("compile")
@@ -73,10 +76,10 @@ def compile_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="where the compiled model goes (.qcm)")],
     calibration: Calibration = None,
     target: Annotated[str, typer.Option(help="what to compile for; see `qcompile targets`")] = "native",
-    batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
+    batch: Batch = None,
     preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
-    weight_bits: Annotated[int, typer.Option(help="bits of a weight, 2 to 8")] = 8,
-    activations: Annotated[str, typer.Option(help="static; or, for linear layers, dynamic or float")] = "static",
+    weight_bits: WeightBits = 8,
+    activations: Activations = "static",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a model in which an operator stays float")] = False,
     tuning: Annotated[Path | None, typer.Option(help="a database that `qcompile tune` wrote")] = None,
     max_accuracy_drop: Annotated[
@@ -128,8 +131,9 @@ def export_command(
     model: ExportedFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="where the ONNX model goes (.onnx)")],
     calibration: Calibration = None,
-    batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
+    batch: Batch = None,
     preset: Annotated[str | None, typer.Option(help="time to spend on accuracy: fast, balanced or best")] = None,
+    weight_bits: WeightBits = 8,
     activations: Annotated[str, typer.Option(help="int8, or uint8 (ONNX Runtime on x86 is faster with it)")] = "int8",
 ) -> None:
     """Quantize a float model and write it as ONNX (QDQ), for other engines."""
@@ -137,7 +141,7 @@ def export_command(
     from qcompile.export import export_onnx
     from qcompile.quantizer import quantize
 
-    config = QuantConfig(preset=preset)
+    config = QuantConfig(preset=preset, weight_bits=weight_bits)
     program, batches = read_model(model, batch, calibration)
     with _progress() as progress:
         quantized = quantize(program, calibration=batches, config=config, progress=progress)
@@ -159,8 +163,10 @@ def evaluate(
         Path | None, typer.Option(help="what it was calibrated on: quantizes again, to compare every layer")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="with --calibration: the preset it was compiled with")] = None,
+    weight_bits: Annotated[int, typer.Option(help="with --calibration: as it was compiled with")] = 8,
+    activations: Annotated[str, typer.Option(help="with --calibration: as it was compiled with")] = "static",
     layers: Annotated[int, typer.Option(help="with --calibration: samples to compare layers on")] = 16,
-    batch: Annotated[int | None, typer.Option(help="samples per step [default: the model's own]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="samples per step [default: the model's own]")] = None,
     html: Annotated[Path | None, typer.Option(help="write one HTML page here")] = None,
     json: Annotated[Path | None, typer.Option(help="write every number here")] = None,
     threads: Threads = None,
@@ -173,10 +179,11 @@ def evaluate(
     from qcompile.evaluation.files import write
     from qcompile.exported import load_exported
 
-    if preset is not None and calibration is None:
+    config = QuantConfig(preset=preset, weight_bits=weight_bits, activations=activations)
+    if config != QuantConfig() and calibration is None:
         raise ConfigError(
-            "a preset is of no use here without the calibration data",
-            where="--preset",
+            "how it was quantized is of no use here without the calibration data",
+            where="--preset, --weight-bits, --activations",
             remedy="give --calibration as well, to quantize again and compare every layer",
         )
     loaded = load(compiled, threads=threads)
@@ -186,7 +193,6 @@ def evaluate(
         else:
             program, batches = read_model(model, batch, calibration)
             assert batches is not None
-            config = QuantConfig(preset=preset)
             loaded = with_layers(loaded, program, batches, config=config, threads=threads, progress=progress)
         found = evaluate(
             loaded,
@@ -215,7 +221,7 @@ def tune(
     ],
     calibration: Calibration = None,
     target: Annotated[str, typer.Option(help="what to tune for; see `qcompile targets`")] = "native",
-    batch: Annotated[int | None, typer.Option(help="samples per calibration step [default: the model's own]")] = None,
+    batch: Batch = None,
     device: Annotated[str | None, typer.Option(help="measure there: KEY@HOST:PORT of a TVM RPC tracker")] = None,
     threads: Threads = None,
 ) -> None:

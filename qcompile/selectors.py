@@ -16,15 +16,27 @@ Selector = str | type | Callable[[fx.Node], bool]
 """A module path, which may be a shell pattern ("layer1.*.conv2") and covers the submodules; a class of module, as
 `torch.nn.Linear`; or a function that is asked of each operator of the captured graph. A model's input goes by its
 name."""
+_REMEDY_PREDICATE = "it is called with each torch.fx node, and says yes or no; its module path: qcompile.ir.where(node)"
 
 
 def selects(selector: Selector, node: fx.Node) -> bool:
-    """Whether `selector` means the layer that `node` belongs to."""
+    """Whether `selector` means the layer that `node` belongs to.
+
+    Raises:
+        ConfigError: it is a predicate, and raises.
+    """
     if isinstance(selector, str):
         return any(fnmatch.fnmatchcase(prefix, selector) for prefix in _prefixes(_path(node)))
     if isinstance(selector, type):
         return _qualified(selector) in _types(node)
-    return bool(selector(node))
+    try:
+        return bool(selector(node))
+    except Exception as error:
+        raise ConfigError(
+            f"the predicate {_named(selector)} raised {type(error).__name__}: {error}",
+            where=f"{node.name} ({node.target}) of {where(node) or 'the model'}",
+            remedy=_REMEDY_PREDICATE,
+        ) from error
 
 
 def check(selectors: Iterable[Selector], nodes: Iterable[fx.Node], setting: str) -> None:
@@ -53,10 +65,14 @@ def check(selectors: Iterable[Selector], nodes: Iterable[fx.Node], setting: str)
                 remedy=f"it has {', '.join(known)}" if known else "the model has no submodules",
             )
         raise ConfigError(
-            f"the predicate {getattr(selector, '__qualname__', selector)!r} is true of no operator of the model",
+            f"the predicate {_named(selector)} is true of no operator of the model",
             where=setting,
-            remedy="it is called with each torch.fx node; qcompile.ir.where(node) is the module path",
+            remedy=_REMEDY_PREDICATE,
         )
+
+
+def _named(predicate: Selector) -> str:
+    return repr(getattr(predicate, "__qualname__", predicate))
 
 
 def is_selector(value: Any) -> bool:

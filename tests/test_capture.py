@@ -131,6 +131,8 @@ def test_a_model_that_cannot_be_captured_is_refused_at_its_line(case: str) -> No
     assert isinstance(error, CaptureError)
     assert re.search(message, error.what)
     assert names_line(error, code)
+    if case == "changes its input":
+        assert error.remedy == "change a copy: x = x + 1, not x += 1"
 
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {

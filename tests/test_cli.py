@@ -197,6 +197,25 @@ def test_an_option_for_int8_is_refused_by_its_name_with_other_numerics(
     assert f"leave {option[0]} or --numerics out" in result.output
 
 
+@pytest.mark.parametrize("kind", ["cut", "flipped", "flipped, compressed"])
+def test_a_damaged_file_of_arrays_is_text_and_not_a_traceback(exported: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "damaged.npz"
+    write = np.savez_compressed if "compressed" in kind else np.savez
+    write(path, x=np.random.default_rng(0).random((20, 3, 8, 8), dtype=np.float32))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data[:300] if kind == "cut" else data)
+    result = qcompile("compile", exported, "--calibration", path, "-o", tmp_path / "x.qcm")
+    assert result.exit_code == 1
+    assert "the arrays cannot be read" in result.output
+
+
+def test_a_batch_of_no_samples_is_refused_by_its_name(exported: Path, tmp_path: Path) -> None:
+    result = qcompile("compile", exported, "--batch", 0, "-o", tmp_path / "x.qcm")
+    assert result.exit_code == 2
+    assert "--batch" in result.output
+
+
 def test_calibration_arrays_must_have_equal_lengths(exported: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", a=np.ones((4, 3, 8, 8), np.float32), b=np.ones((5, 1), np.float32))
     result = qcompile("compile", exported, "--calibration", tmp_path / "data.npz", "-o", tmp_path / "net.qcm")
@@ -309,6 +328,15 @@ def test_layers_of_another_network_are_not_shown(exported: Path, evaluated: tupl
     result = qcompile("evaluate", *given, "--calibration", data.with_name("other.npz"))
     assert result.exit_code == 1
     assert "do not give the network of the compiled file" in result.output
+
+
+def test_layers_are_shown_of_weights_of_few_bits(exported: Path, evaluated: tuple[Path, Path, Path]) -> None:
+    compiled, calibration, data = evaluated
+    few = ("--calibration", calibration, "--weight-bits", 4)
+    assert qcompile("compile", exported, *few, "-o", compiled).exit_code == 0
+    given = ("evaluate", compiled, "--model", exported, "--data", data, "--labels", "labels")
+    assert qcompile(*given, *few).exit_code == 0
+    assert qcompile(*given, *few[:2]).exit_code == 1
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,8 @@ def test_how_to_measure_is_refused_where_nothing_is_measured(options: dict[str, 
         ("secnd", r"the overrides pattern 'secnd' matches no module(.|\n)*did you mean second"),
         (nn.GRU, r"the model has no torch.nn.modules.rnn.GRU(.|\n)*it has .*torch.nn.modules.conv.Conv2d"),
         (lambda node: False, r"the predicate .*<lambda>' is true of no operator"),
+        (lambda node: node.nothing, r"the predicate .*<lambda>' raised AttributeError(.|\n)*yes or no"),
+        (lambda node: torch.ones(2) > 0, r"the predicate .*<lambda>' raised RuntimeError"),
     ],
 )
 def test_a_selector_that_selects_nothing_says_what_is_there(selector: Any, message: str) -> None:

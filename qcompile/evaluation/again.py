@@ -43,7 +43,7 @@ def with_layers(
     ours, theirs = ({(row.op, row.node, row.kind) for row in rows} for rows in (quantized.coverage, artifact.coverage))
     if ours != theirs:  # golden vectors alone do not tell, where floats give them a tolerance
         raise InputError(
-            "this model, calibration data and preset do not give the network of the compiled file",
+            "this model, calibration data and configuration do not give the network of the compiled file",
             where=", ".join(f"{node} is {kind}" for _, node, kind in sorted(theirs - ours)[:3]) or None,
             remedy="give what the file was compiled from and with; leave the calibration data out to evaluate without "
             "layers, or evaluate in Python what qcompile.compile returned",
@@ -54,7 +54,7 @@ def with_layers(
         wrong = sum(differences(got.contiguous().numpy(), want, artifact.tolerance) for got, want in pairs)
         if wrong or len(outputs) != len(case.outputs):
             raise InputError(
-                "this model, calibration data and preset do not give the network of the compiled file, "
+                "this model, calibration data and configuration do not give the network of the compiled file, "
                 "so its layers would be those of another one",
                 where=f"{wrong} elements of the golden outputs differ",
                 remedy="give what the file was compiled from and with, or compile it anew; "

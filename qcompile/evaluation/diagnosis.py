@@ -28,7 +28,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from qcompile.compiled import CompiledModel
-from qcompile.errors import InputError
+from qcompile.errors import ConfigError, InputError
 from qcompile.evaluation import files
 from qcompile.evaluation.feed import Piece, pieces, runnable
 from qcompile.evaluation.layers import BINS, Comparison, reads, real_name, saturation, weight_codes
@@ -36,6 +36,7 @@ from qcompile.evaluation.original import original
 from qcompile.ir import Program, where
 from qcompile.passes.base import Progress
 from qcompile.quantizer import QuantizedModel
+from qcompile.runtime import Model
 from qcompile.sites import HOLDS, Held
 from qcompile.specs import input_specs
 
@@ -214,13 +215,19 @@ def diagnose(
 
     Raises:
         InputError: `compiled` was loaded from a file, which holds machine code and no layers; there is no data or
-            it does not fit; or `model` is not the model that was compiled.
+            it does not fit; or `model` is not the model that was compiled. ConfigError: threshold is no number.
     """
     if not isinstance(compiled, (CompiledModel, QuantizedModel)):
+        loaded = isinstance(compiled, Model)
         raise InputError(
-            f"the layers of a {type(compiled).__name__} from a file are not known: it holds machine code",
-            remedy="diagnose what qcompile.compile or qcompile.quantize returned",
+            "the layers of a model from a file are not known: it holds machine code"
+            if loaded
+            else f"the quantized network is a {type(compiled).__name__}",
+            where="compiled",
+            remedy="diagnose what qcompile.compile or qcompile.quantize returned: diagnose(compiled, model, data)",
         )
+    if not isinstance(threshold, (int, float)) or math.isnan(threshold):
+        raise ConfigError(f"threshold is {threshold!r}", where="threshold", remedy="give a number of dB, such as 20")
     program = compiled.program
     feed = pieces(data, input_specs(program), runnable(model), labels=False, progress=progress, step="diagnose")
     comparison: Comparison | None = None

@@ -16,7 +16,7 @@ from torch.export import Dim
 
 import qcompile
 from qcompile.config import QuantConfig
-from qcompile.errors import InputError
+from qcompile.errors import ConfigError, InputError
 from qcompile.evaluation.layers import BINS, histogram
 from qcompile.evaluation.original import float_half
 from qcompile.ir import Program, Property, QParams
@@ -146,6 +146,16 @@ def test_errors_that_are_averaged_away_are_no_break() -> None:
     assert found.first is None
     strict = qcompile.diagnose(qcompile.quantize(model, calibration=DATA, config=config), model, DATA, threshold=200.0)
     assert strict.first == strict.in_order[0]
+
+
+def test_mistakes_of_a_call_are_named() -> None:
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 1)))
+    quantized = qcompile.quantize(model, calibration=DATA)
+    for threshold in ("x", float("nan")):
+        with pytest.raises(ConfigError, match="threshold is"):
+            qcompile.diagnose(quantized, model, DATA, threshold=threshold)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"the quantized network is a Sequential(.|\n)*diagnose\(compiled, model"):
+        qcompile.diagnose(model, quantized, DATA)  # type: ignore[arg-type]
 
 
 def test_a_network_with_float_operators_padding_pools_and_a_residual() -> None:
