@@ -132,6 +132,7 @@ def main(
     parser.add_argument("--output", type=Path, default=output)
     options = parser.parse_args()
     versions, absent = installed(options.engines)
+    absent |= {engine: "left out of this run (--engines)" for engine in engines if engine not in options.engines}
     report = Report(
         machine(),
         versions | {"commit": commit()},
