@@ -6,10 +6,10 @@ is fixed in length and holds the format version and a SHA-256:
 
     "qcompile-qcm <version, 4 digits> sha256 <hex>"
 
-That digest covers the manifest and every byte before it that is in no member; the manifest holds the
-SHA-256 of every other member. So any flipped, missing or added byte is found. This protects against
-damage, not against forgery: who can write the file can write matching hashes. Load artifacts only
-from whom you would take a program.
+That digest covers the manifest and every byte before it that is in no member; the manifest holds the SHA-256 of
+every 4 MiB of every other member, so that several cores can check a large one. So any flipped, missing or added
+byte is found. This protects against damage, not against forgery: who can write the file can write matching hashes. Load
+artifacts only from whom you would take a program.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from qcompile.device import cores
 from qcompile.errors import ArtifactError
 
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
-FORMAT = 2
+FORMAT = 3
 ALIGNMENT = 64
+PART = 4 << 20  # bytes of a member that one digest covers; in formats 1 and 2 it covers all of it
 MANIFEST = "manifest.json"
 _PART = ".part"  # how the name of a temporary file ends
 _COMMENT = b"qcompile-qcm %04d sha256 %s"
@@ -53,6 +55,11 @@ def _digest(parts: Iterable[Buffer]) -> str:
     return total.hexdigest()
 
 
+def _parts(data: Buffer, size: int = PART) -> list[memoryview]:
+    view = memoryview(data)
+    return [view[begin : begin + size] for begin in range(0, max(len(view), 1), size)]
+
+
 def _put(archive: ZipFile, name: str, data: Buffer) -> tuple[int, int]:
     """Add a member at an aligned offset; returns (begin, end) of its bytes."""
     from zipfile import ZipInfo
@@ -68,10 +75,13 @@ def _put(archive: ZipFile, name: str, data: Buffer) -> tuple[int, int]:
 
 
 def encode(manifest: Mapping[str, Any], members: Mapping[str, Buffer]) -> memoryview:
-    """The bytes of a container. `manifest` gains "members": the size and SHA-256 of each."""
+    """The bytes of a container. `manifest` gains "members": the size of each, and the SHA-256 of its parts."""
     from zipfile import ZIP_STORED, ZipFile  # a device only reads, and this imports every compression there is
 
-    table = {name: {"bytes": len(data), "sha256": _digest([data])} for name, data in members.items()}
+    table = {
+        name: {"bytes": len(data), "sha256": [_digest([part]) for part in _parts(data)]}
+        for name, data in members.items()
+    }
     text = json.dumps({**manifest, "members": table}, indent=1, allow_nan=False).encode()
     out, spans = io.BytesIO(), []
     with ZipFile(out, "w", ZIP_STORED) as archive:
@@ -160,8 +170,8 @@ def map_file(path: str) -> memoryview:
 def decode(
     whole: memoryview, where: str, meanwhile: Callable[[], object] | None = None
 ) -> tuple[dict[str, Any], dict[str, memoryview]]:
-    """The manifest and the other members (views into `whole`), every byte checked. `meanwhile` is called while another
-    core hashes the largest member.
+    """The manifest and the other members (views into `whole`), every byte checked. `meanwhile` is called while other
+    cores check.
 
     Raises:
         ArtifactError: it is not an artifact, is truncated or altered, or has a newer format.
@@ -187,26 +197,36 @@ def decode(
 
 
 def _damaged(
-    members: Mapping[str, Buffer], digests: Mapping[str, str], meanwhile: Callable[[], object] | None
+    members: Mapping[str, Buffer], digests: Mapping[str, Any], meanwhile: Callable[[], object] | None
 ) -> list[str]:
     """The members that have other digests."""
-    rest, damaged = sorted(members, key=lambda name: len(members[name])), []
+    parts: list[tuple[str, memoryview, str]] = []
+    damaged: list[str] = []
+    for name, data in members.items():
+        of = digests[name]
+        found, wanted = (_parts(data, max(len(data), 1)), [of]) if isinstance(of, str) else (_parts(data), of)
+        if not isinstance(wanted, list) or len(found) != len(wanted):
+            damaged.append(name)
+            continue
+        parts += [(name, part, digest) for part, digest in zip(found, wanted, strict=True)]
 
     def check() -> None:
-        with suppress(IndexError):  # the other thread took the last one
+        with suppress(IndexError):  # another thread took the last one
             while True:
-                name = rest.pop()
-                if _digest([members[name]]) != digests[name]:
+                name, part, digest = parts.pop()
+                if _digest([part]) != digest:
                     damaged.append(name)
 
-    other = threading.Thread(target=check)
-    other.start()
+    others = [threading.Thread(target=check) for _ in range(min(cores(), len(parts)) - 1 or 1)]
+    for other in others:
+        other.start()
     try:
         if meanwhile is not None:
             meanwhile()
         check()
     finally:
-        other.join()
+        for other in others:
+            other.join()
     return damaged
 
 

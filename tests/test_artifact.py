@@ -139,6 +139,49 @@ def test_a_damaged_member_is_named() -> None:
         Artifact.from_bytes(memoryview(changed))
 
 
+@pytest.mark.parametrize("size", [0, 1, 1000, 1001, 2999, 3000])
+@pytest.mark.parametrize("cores", [1, 2, 7])
+def test_a_member_of_several_parts_is_checked_in_all_of_them(
+    size: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container, "PART", 1000)
+    monkeypatch.setattr(container._parts, "__defaults__", (1000,))
+    monkeypatch.setattr(container, "cores", lambda: cores)
+    data, called = RNG.bytes(size), list[str]()
+    encoded = container.encode({"format": container.FORMAT}, {"large": data, "small": b"abc"})
+    manifest, members = container.decode(encoded, "here", lambda: called.append("meanwhile"))
+    assert bytes(members["large"]) == data
+    assert len(manifest["members"]["large"]["sha256"]) == max(1, -(-size // 1000))
+    assert called == ["meanwhile"]
+    for offset in range(0, size, 499):
+        members["large"][offset] ^= 2
+        with pytest.raises(ArtifactError, match="member large"):
+            container.decode(encoded, "here")
+        members["large"][offset] ^= 2
+
+
+def test_what_fails_meanwhile_is_said_once_the_other_threads_have_ended() -> None:
+    def fail() -> None:
+        raise OSError("no library")
+
+    with pytest.raises(OSError, match="no library"):
+        container.decode(memoryview(DATA), "here", fail)
+
+
+def test_a_file_of_an_older_format_has_one_digest_for_a_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = json.dumps
+
+    def older(value: Any, **options: Any) -> str:
+        for member in value.get("members", {}).values():
+            (member["sha256"],) = member["sha256"]
+        return write(value, **options)
+
+    monkeypatch.setattr(json, "dumps", older)
+    data = ORIGINAL.to_bytes()
+    assert b'"sha256": "' in bytes(data)
+    assert _same(Artifact.from_bytes(data), ORIGINAL)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
