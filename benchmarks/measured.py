@@ -42,8 +42,7 @@ class Measured:
 
     def place(self) -> str:
         """The machine and the versions."""
-        versions = ", ".join(f"{name} {number}" for name, number in sorted(self.versions.items()))
-        return table.markdown(("", ""), list(self.machine.items())) + f"\nVersions: {versions}.\n"
+        return table.place(self.machine, self.versions)
 
 
 def marks(page: str) -> set[str]:

@@ -83,9 +83,8 @@ of batch 16 come from runs of their own, with the int8 engines that came nearest
 def page(report: Report, avx2: Report | None, other: Report | None) -> str:
     """The whole page; `avx2`: what `python -m benchmarks.avx2` found; `other`: as `report`, of another machine."""
     parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
-    parts += ["## The machine\n", machine(report)]
-    versions = ", ".join(f"{name} {number}" for name, number in sorted(report.versions.items()))
-    parts += [f"Versions: {versions}.\n", "## Summary\n", table.markdown(*summary(report)), METHOD]
+    parts += ["## The machine\n", table.place(report.machine, report.versions)]
+    parts += ["## Summary\n", table.markdown(*summary(report)), METHOD]
     parts += [RESTRICTED, table.markdown(*restricted(avx2))] if avx2 else []
     parts += [OTHER, *shortly(other)] if other else []
     parts += ["## Each workload\n"]
@@ -94,13 +93,9 @@ def page(report: Report, avx2: Report | None, other: Report | None) -> str:
     return "\n".join(parts)
 
 
-def machine(report: Report) -> str:
-    return table.markdown(("", ""), list(report.machine.items()))
-
-
 def shortly(report: Report) -> Iterable[str]:
     """The machine, the summary, and one table of what every engine costs."""
-    yield machine(report)
+    yield table.markdown(("", ""), list(report.machine.items()))
     yield table.markdown(*summary(report))
     costs = [(workload.name, *row) for workload in report.workloads for row in table.cost_rows(workload)]
     yield table.markdown(("workload", *table.COSTS), costs)

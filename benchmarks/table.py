@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.results import Prepared, Run, Workload
 
@@ -65,6 +65,12 @@ def speed(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
+
+
+def place(machine: Mapping[str, str], versions: Mapping[str, str]) -> str:
+    """Where something was measured, and with what."""
+    listed = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
+    return f"{markdown(('', ''), list(machine.items()))}\nVersions: {listed}.\n"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

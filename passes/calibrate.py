@@ -20,7 +20,7 @@ from torch import Tensor
 from qcompile.batches import empty
 from qcompile.distributed import processes
 from qcompile.errors import CalibrationError, CalibrationWarning
-from qcompile.inputs import flatten, warn_of_surplus
+from qcompile.inputs import count_samples, flatten, warn_of_surplus
 from qcompile.ir import InputSpec, Program, Property
 from qcompile.observers import Observer
 from qcompile.passes.base import Context, Pass
@@ -98,11 +98,6 @@ class Calibrate(Pass):
         if done == 0:
             raise empty()
         return samples
-
-
-def count_samples(inputs: list[Tensor]) -> int:
-    """How many samples the inputs of a call hold."""
-    return len(inputs[0]) if inputs and inputs[0].dim() else 1
 
 
 def _first(specs: tuple[InputSpec, ...], pieces: list[list[Tensor]], most: int) -> list[list[Tensor]]:

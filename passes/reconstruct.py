@@ -27,10 +27,10 @@ from torch import Tensor
 
 from qcompile.blocks import Block, blocks
 from qcompile.errors import CalibrationError
+from qcompile.inputs import count_samples
 from qcompile.ir import Program, Property
 from qcompile.leastsquares import DECAY, solve
 from qcompile.passes.base import Context, Pass, check_number
-from qcompile.passes.calibrate import count_samples
 from qcompile.trainable import TrainableBlock
 from qcompile.twins import Layer
 

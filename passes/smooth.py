@@ -28,9 +28,10 @@ from qcompile.batches import Batches, empty
 from qcompile.channels import MAKERS, Link, columns, links_behind, move, weight_of
 from qcompile.distributed import processes
 from qcompile.errors import CalibrationError
+from qcompile.inputs import count_samples
 from qcompile.ir import Program, Property
 from qcompile.passes.base import Context, Pass, check_number
-from qcompile.passes.calibrate import check_batch, count_samples
+from qcompile.passes.calibrate import check_batch
 
 _LITTLE = 1e-3  # a logarithm of a factor that is not worth a change
 

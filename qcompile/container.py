@@ -55,7 +55,7 @@ def _digest(parts: Iterable[Buffer]) -> str:
     return total.hexdigest()
 
 
-def _parts(data: Buffer, size: int = PART) -> list[memoryview]:
+def _parts(data: Buffer, size: int) -> list[memoryview]:
     view = memoryview(data)
     return [view[begin : begin + size] for begin in range(0, max(len(view), 1), size)]
 
@@ -79,7 +79,7 @@ def encode(manifest: Mapping[str, Any], members: Mapping[str, Buffer]) -> memory
     from zipfile import ZIP_STORED, ZipFile  # a device only reads, and this imports every compression there is
 
     table = {
-        name: {"bytes": len(data), "sha256": [_digest([part]) for part in _parts(data)]}
+        name: {"bytes": len(data), "sha256": [_digest([part]) for part in _parts(data, PART)]}
         for name, data in members.items()
     }
     text = json.dumps({**manifest, "members": table}, indent=1, allow_nan=False).encode()
@@ -204,7 +204,8 @@ def _damaged(
     damaged: list[str] = []
     for name, data in members.items():
         of = digests[name]
-        found, wanted = (_parts(data, max(len(data), 1)), [of]) if isinstance(of, str) else (_parts(data), of)
+        size, wanted = (max(len(data), 1), [of]) if isinstance(of, str) else (PART, of)
+        found = _parts(data, size)
         if not isinstance(wanted, list) or len(found) != len(wanted):
             damaged.append(name)
             continue

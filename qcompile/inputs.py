@@ -252,6 +252,11 @@ def flatten(batch: Any, specs: Sequence[Placed]) -> list[Any] | None:
     return leaves[: len(specs)] if len(leaves) >= len(specs) else None
 
 
+def count_samples(inputs: Sequence[Tensor]) -> int:
+    """How many samples the flat inputs of a call hold."""
+    return len(inputs[0]) if inputs and inputs[0].dim() else 1
+
+
 def surplus(batch: Any, specs: Sequence[Placed]) -> str:
     """What `flatten` leaves out of `batch`, in words; "" for nothing."""
     if isinstance(batch, Mapping):

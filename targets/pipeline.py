@@ -16,45 +16,45 @@ from tvm.tirx.compilation_pipeline import register_tir_pipeline
 from qcompile.device import cores
 
 NAME = "qcompile"
-_LOWER, _FINISH = s_tir.transform, tirx.transform
+_S_TIR, _TIRX = s_tir.transform, tirx.transform
 
 
 def _of_each() -> list[Any]:
     """Passes that look at one function at a time."""
     return [
-        _LOWER.CanonicalizeLoop(),
-        _LOWER.LowerInitBlock(),
-        _LOWER.PlanAndUpdateBufferAllocationLocation(),
-        _LOWER.ConvertBlocksToOpaque(),
-        _LOWER.CompactBufferAllocation(),
-        _LOWER.LowerMatchBuffer(),
-        _LOWER.StmtSimplify(),
-        _LOWER.AnnotateIrregularLoop(),
-        _LOWER.LowerOpaqueBlock(),
-        _FINISH.FlattenBuffer(),
-        _FINISH.BF16ComputeLegalize(),
-        _FINISH.NarrowDataType(32),
-        _LOWER.LoopPartition(),
-        _FINISH.VectorizeLoop(True),
-        _FINISH.StorageRewrite(),
-        _LOWER.HoistIfThenElse(),
-        _FINISH.UnrollLoop(),
-        _LOWER.RenormalizeSplitPattern(),
-        _FINISH.StmtSimplify(),
-        _FINISH.RemoveNoOp(),
-        _LOWER.RewriteUnsafeSelect(),
-        _FINISH.CommonSubexprElim(),
-        _FINISH.VerifyMemory(),
+        _S_TIR.CanonicalizeLoop(),
+        _S_TIR.LowerInitBlock(),
+        _S_TIR.PlanAndUpdateBufferAllocationLocation(),
+        _S_TIR.ConvertBlocksToOpaque(),
+        _S_TIR.CompactBufferAllocation(),
+        _S_TIR.LowerMatchBuffer(),
+        _S_TIR.StmtSimplify(),
+        _S_TIR.AnnotateIrregularLoop(),
+        _S_TIR.LowerOpaqueBlock(),
+        _TIRX.FlattenBuffer(),
+        _TIRX.BF16ComputeLegalize(),
+        _TIRX.NarrowDataType(32),
+        _S_TIR.LoopPartition(),
+        _TIRX.VectorizeLoop(True),
+        _TIRX.StorageRewrite(),
+        _S_TIR.HoistIfThenElse(),
+        _TIRX.UnrollLoop(),
+        _S_TIR.RenormalizeSplitPattern(),
+        _TIRX.StmtSimplify(),
+        _TIRX.RemoveNoOp(),
+        _S_TIR.RewriteUnsafeSelect(),
+        _TIRX.CommonSubexprElim(),
+        _TIRX.VerifyMemory(),
     ]
 
 
 def _of_all() -> list[Any]:
     """Passes that see which functions call which."""
     return [
-        _FINISH.AnnotateEntryFunc(),
-        _FINISH.SplitHostDevice(),
-        _FINISH.MakePackedAPI(),
-        _FINISH.BF16StorageLegalize(),
+        _TIRX.AnnotateEntryFunc(),
+        _TIRX.SplitHostDevice(),
+        _TIRX.MakePackedAPI(),
+        _TIRX.BF16StorageLegalize(),
     ]
 
 

@@ -145,7 +145,6 @@ def test_a_member_of_several_parts_is_checked_in_all_of_them(
     size: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(container, "PART", 1000)
-    monkeypatch.setattr(container._parts, "__defaults__", (1000,))
     monkeypatch.setattr(container, "cores", lambda: cores)
     data, called = RNG.bytes(size), list[str]()
     encoded = container.encode({"format": container.FORMAT}, {"large": data, "small": b"abc"})

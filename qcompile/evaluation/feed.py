@@ -18,7 +18,7 @@ from qcompile.batches import Batches
 from qcompile.capture import check_eval
 from qcompile.checks import InputChecker
 from qcompile.errors import CalibrationError, InputError
-from qcompile.inputs import example_call, flatten, surplus, warn_of_surplus
+from qcompile.inputs import count_samples, example_call, flatten, surplus, warn_of_surplus
 from qcompile.passes.base import Progress
 
 
@@ -41,7 +41,7 @@ class Piece:
 
     @property
     def samples(self) -> int:
-        return len(self.flat[0]) if self.flat and self.flat[0].dim() else 1
+        return count_samples(self.flat)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Piece:
         """With `change` done to each input."""
