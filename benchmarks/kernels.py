@@ -101,7 +101,7 @@ def kernel(shape: Shape, target: Any, config: Any = None) -> tuple[str, Timed]:
     """The name and the timed kernel of `shape`; `config` None: the default tile."""
     from qcompile.targets.cpu.choose import generator_for
     from qcompile.targets.cpu.epilogue import Requantize
-    from qcompile.targets.cpu.filters import ConvShape, Filters
+    from qcompile.targets.filters import ConvShape, Filters
     from qcompile.targets.layout import Layout
 
     isa, rng, pad = target.isa, np.random.default_rng(0), shape.kernel // 2

@@ -19,7 +19,7 @@ from qcompile.ir import Program, source, where
 from qcompile.sites import is_computed
 from qcompile.targets.base import Target
 from qcompile.targets.blame import culprit
-from qcompile.targets.cpu.emitters import EMITTERS
+from qcompile.targets.emitters import EMITTERS
 from qcompile.targets.lower import lower
 from qcompile.targets.pipeline import NAME
 from qcompile.targets.workload import Chosen

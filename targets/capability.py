@@ -12,7 +12,7 @@ from torch import fx
 from qcompile.ir import shape_of
 from qcompile.ops import Row
 from qcompile.targets.base import Target
-from qcompile.targets.cpu.emitters import EMITTERS
+from qcompile.targets.emitters import EMITTERS
 
 q, aten = torch.ops.qcompile, torch.ops.aten
 _WHOLE_IMAGE = frozenset({"avg_pool2d", "adaptive_avg_pool2d"})

@@ -19,10 +19,10 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 
 from qcompile.errors import BuildError
 from qcompile.ir import constant, is_tensor, source, where
-from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.decompose import decomposed
 from qcompile.targets.decompositions import OWN
 from qcompile.targets.float_kernels import CONVERSIONS, argument, dtype_of
+from qcompile.targets.function import Kernel
 from qcompile.targets.real_lower import real_tensor
 
 if TYPE_CHECKING:

@@ -23,16 +23,17 @@ from qcompile.ir import Program, constant, is_tensor, source, where
 from qcompile.ops.real import OPS
 from qcompile.targets.base import Target
 from qcompile.targets.constants import POOLS, Pool
-from qcompile.targets.cpu.copy import Take, copied, gather, identity
-from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.epilogue import Requantize
-from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.float_ops import FloatOps
+from qcompile.targets.function import Kernel
+from qcompile.targets.generator import Generator
+from qcompile.targets.kernels import Kernels, kernels_for
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, innermost, product, relabel
 from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
 from qcompile.targets.real_lower import real_tensor
 from qcompile.targets.real_plan import PlannedReal, plan_real
+from qcompile.targets.take import Take, identity
 from qcompile.targets.workload import Chosen, Workload
 
 q = torch.ops.qcompile
@@ -69,7 +70,7 @@ _FIXED_SHAPES = "compute with masks (torch.where) in place of selecting, so that
 
 @dataclass
 class Lowering:
-    """The state of one lowering: what is shared by the emitters in `qcompile.targets.cpu`."""
+    """The state of one lowering: what is shared by the emitters in `qcompile.targets.emitters`."""
 
     program: Program
     target: Target
@@ -77,7 +78,7 @@ class Lowering:
     values: dict[fx.Node, Value] = field(default_factory=dict)
     pools: dict[str, Pool] = field(default_factory=lambda: {d: Pool(d) for d in POOLS})
     tables: dict[str, relax.Expr] = field(default_factory=dict)
-    kernels: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     calls: list[tuple[str, str]] = field(default_factory=list)
     symbols: dict[sympy.Symbol, tirx.Var] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[Dim, ...]] = field(default_factory=dict)
@@ -86,6 +87,11 @@ class Lowering:
     copies: dict[Any, Value] = field(default_factory=dict)
     chosen: Chosen = field(default_factory=dict)
     workloads: dict[tuple[str, str], Workload] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> Kernels:
+        """Those of the target's kind of processor."""
+        return kernels_for(self.target.isa)
 
     # --- shapes -----------------------------------------------------------------------------------
 
@@ -221,7 +227,7 @@ class Lowering:
         if key not in self.copies:
             before = self._layout(value)
             take = identity(before.shape, layout.shape)
-            kernel = gather(before, layout, take, (value.dtype, dtype), fill, isa, self.symbol_args)
+            kernel = self.kernels.gather(before, layout, take, (value.dtype, dtype), fill, isa, self.symbol_args)
             result = self.call(node, kernel, [value], layout, dtype)
             self.copies[key] = Value(result.expr, layout, dtype, fill)
         return self.copies[key]
@@ -236,7 +242,7 @@ class Lowering:
     ) -> None:
         """Define `node` as y[place + index] = x[take(index)] (see `qcompile.targets.cpu.copy.gather`)."""
         value, isa = self.values[x], self.target.isa
-        kernel = gather(
+        kernel = self.kernels.gather(
             self._layout(value),
             self.layout(node),
             take,
@@ -251,14 +257,14 @@ class Lowering:
 
     def define(self, node: fx.Node, kernel: Kernel, inputs: list[Value]) -> None:
         """`node` is computed by `kernel`, into its planned layout."""
-        self.kernels[node.name] = kernel.name
+        self.names[node.name] = kernel.name
         layout = self.layout(node)
         result = self.call(node, kernel, inputs, layout, self.target.isa.storage)
         self.values[node] = Value(result.expr, layout, result.dtype, self.fill(node))
 
     def define_real(self, node: fx.Node, kernel: Kernel, inputs: list[Value]) -> None:
         """`node` is a dense float tensor that `kernel` computes."""
-        self.kernels[node.name] = kernel.name
+        self.names[node.name] = kernel.name
         flat = self.call(node, kernel, inputs, None, "float32")
         self.values[node] = Value(self.shaped(flat.expr, self.shape(node)), None, "float32")
 
@@ -278,7 +284,7 @@ class Lowering:
 
     def define_view(self, node: fx.Node, x: fx.Node) -> None:
         """`node` is `x` under another shape: the same bytes where the layouts allow it."""
-        self.kernels[node.name] = "view"
+        self.names[node.name] = "view"
         value, shape = self.values[x], self.shape(node)
         layout = relabel(self._layout(value), shape)
         if layout is None:
@@ -288,7 +294,7 @@ class Lowering:
 
     def define_float(self, node: fx.Node, expr: Any) -> None:
         """`node` is computed in float by `expr`."""
-        self.kernels[node.name] = "float"
+        self.names[node.name] = "float"
         if is_tensor(node):
             self.values[node] = Value(expr, None, str(node.meta["val"].dtype).removeprefix("torch."))
 
@@ -340,7 +346,7 @@ def lower(
             result = low.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
         low.builder.emit_func_output(result)
     constants = {dtype: low.pools[dtype].data() for dtype in POOLS}
-    return Lowered(low.builder.get(), constants, low.kernels, low.calls, list(low.workloads.values()))
+    return Lowered(low.builder.get(), constants, low.names, low.calls, list(low.workloads.values()))
 
 
 def _input(low: Lowering, node: fx.Node, var: relax.Var) -> None:
@@ -357,7 +363,9 @@ def _output(low: Lowering, node: fx.Node) -> relax.Expr:
     if node.op == "get_attr":  # a copy: the caller may write to it
         dtype = str(node.meta["val"].dtype).removeprefix("torch.")
         held = low.real(relax.const(low.tensor(node), dtype), dtype)
-        return low.shaped(low.call(node, copied(low.shape(node), dtype), [held], None, dtype).expr, low.shape(node))
+        return low.shaped(
+            low.call(node, low.kernels.copied(low.shape(node), dtype), [held], None, dtype).expr, low.shape(node)
+        )
     value = low.values[node]
     if node in low.planned_real:
         return real_tensor(low, node)

@@ -14,7 +14,7 @@ from tvm import relax
 from qcompile.ir import Program
 from qcompile.targets.base import Target
 from qcompile.targets.build import compile_module
-from qcompile.targets.cpu.emitters import EMITTERS
+from qcompile.targets.emitters import EMITTERS
 from qcompile.targets.lower import Lowered, lower
 from qcompile.targets.workload import Chosen
 

@@ -9,7 +9,7 @@ from torch import fx
 from tvm import relax
 
 from qcompile.targets.cpu.copy import moved
-from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.function import Kernel
 from qcompile.targets.layout import NO_HALO, Layout, align, dense, innermost
 from qcompile.targets.real_plan import Halo
 
@@ -46,7 +46,7 @@ def real_tensor(low: Lowering, node: fx.Node) -> relax.Expr:
 
 def define_real(low: Lowering, node: fx.Node, kernel: Kernel, inputs: list[Value]) -> None:
     """`node` is computed by `kernel`, into its planned layout."""
-    low.kernels[node.name] = kernel.name
+    low.names[node.name] = kernel.name
     planned = low.planned_real[node]
     low.values[node] = low.call(node, kernel, inputs, planned.layout, planned.dtype)
 

@@ -19,7 +19,7 @@ from tvm.sym import Analyzer
 
 from qcompile.ir import Program, constant
 from qcompile.targets.constants import Pool
-from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.function import Kernel
 from qcompile.targets.layout import Dim, Layout
 from qcompile.targets.stored import stored, wrong
 from qcompile.targets.workload import Workload

@@ -29,9 +29,9 @@ from qcompile.executable import check_threads, pool_size
 from qcompile.ir import Program, source, where
 from qcompile.targets.base import Target
 from qcompile.targets.build import linker
-from qcompile.targets.cpu.emit import Kernel
-from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, nearest, toolchain
+from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.function import Kernel
 from qcompile.targets.lower import lower
 from qcompile.targets.measure import TIMEOUT, Candidate, Race, Remote, answers, build_candidate, pool_of, run_race
 from qcompile.targets.trial import Trial

@@ -12,10 +12,10 @@ from tvm import tirx
 
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu.conv import dot_of
-from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.epilogue import Requantize
-from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel
+from qcompile.targets.generator import Generator
 from qcompile.targets.layout import Layout
 
 Chosen = Mapping[tuple[str, str], Mapping[str, Any]]

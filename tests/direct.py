@@ -16,7 +16,7 @@ import tvm
 import tvm_ffi
 
 from qcompile.targets import Target
-from qcompile.targets.cpu.emit import Kernel
+from qcompile.targets.function import Kernel
 
 GUARD = 4096  # bytes on each side of the output
 LINE = 64  # bytes: memory begins at a multiple of it, and is there for whole ones

@@ -16,7 +16,7 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from direct import call
 from qcompile.targets import get
-from qcompile.targets.cpu.emit import Kernel, function
+from qcompile.targets.function import Kernel, function
 from tvm.tirx.script import builder as T
 
 numbers = np.arange(100, dtype=np.int8)

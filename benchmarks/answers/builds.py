@@ -24,7 +24,7 @@ from benchmarks.models import multiply_accumulates
 from qcompile.capture import capture
 from qcompile.evaluation.timing import file_size
 from qcompile.targets import get
-from qcompile.targets.cpu.emitters import EMITTERS
+from qcompile.targets.emitters import EMITTERS
 from qcompile.targets.lower import lower
 
 ORIGINAL, FLOAT32, BFLOAT16 = "original", "float32", "bfloat16"

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from qcompile.targets.cpu.elementwise import launch
-from qcompile.targets.cpu.emit import Kernel, function
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import Dim, product
 
 Symbols = tuple[tirx.Var, ...]

@@ -7,8 +7,8 @@ from qcompile.targets.cpu import matrix
 from qcompile.targets.cpu.conv import CONV
 from qcompile.targets.cpu.depthwise import DEPTHWISE, is_depthwise
 from qcompile.targets.cpu.depthwise_dot import DEPTHWISE_DOT
-from qcompile.targets.cpu.filters import ConvShape
-from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.filters import ConvShape
+from qcompile.targets.generator import Generator
 
 
 def generator_for(shape: ConvShape, isa: InstructionSet) -> Generator:

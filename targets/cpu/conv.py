@@ -24,11 +24,12 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import DotProduct, InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, Registers, function, load
-from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator, tile_name
+from qcompile.targets.cpu.emit import Registers, load
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
 from qcompile.targets.cpu.walk import Pixels, walk
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel, function
+from qcompile.targets.generator import Generator, tile_name
 from qcompile.targets.layout import align
 
 UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body

@@ -9,7 +9,6 @@ the interleaved bytes of whole pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,11 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.elementwise import launch
-from qcompile.targets.cpu.emit import Kernel, fill, function, llvm, load, splat, store, vector_type, widen
+from qcompile.targets.cpu.emit import fill, llvm, load, splat, store, vector_type, widen
 from qcompile.targets.cpu.real import clear_halo, narrow, to_real
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import Dim, Layout, product
+from qcompile.targets.take import Take, identity
 
 Convert = Callable[[Any, int], Any]  # (value, lanes) -> value of the destination's type
 
@@ -65,24 +66,6 @@ def _walk(shape: tuple[Dim, ...], inner: int, widest: int, body: Callable[[tuple
         elif outer:
             index = {outer[0]: task}
         nest(rest, index)
-
-
-@dataclass(frozen=True)
-class Take:
-    """Where one dimension of the source index comes from: start + step * (index of `dim` of the result),
-    or always `start` where `dim` is None."""
-
-    dim: int | None
-    start: Dim = 0
-    step: int = 1
-
-
-def identity(x_shape: tuple[Dim, ...], y_shape: tuple[Dim, ...]) -> tuple[Take, ...]:
-    """Every dimension from itself; an extent of one repeats."""
-    return tuple(
-        Take(None if isinstance(a, int) and a == 1 and not (isinstance(b, int) and b == 1) else d)
-        for d, (a, b) in enumerate(zip(x_shape, y_shape, strict=True))
-    )
 
 
 def _inner_dim(layout: Layout) -> int:

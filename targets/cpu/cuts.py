@@ -13,7 +13,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import MatrixUnit
-from qcompile.targets.cpu.filters import ConvShape
+from qcompile.targets.filters import ConvShape
 
 
 @dataclass(frozen=True)

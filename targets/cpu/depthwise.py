@@ -17,9 +17,10 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, function, load, parallel, widen
-from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.cpu.emit import load, parallel, widen
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel, function
+from qcompile.targets.generator import Generator
 from qcompile.targets.layout import align
 
 

@@ -24,9 +24,10 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, TapDot
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, Registers, function, load, parallel, store
-from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator
+from qcompile.targets.cpu.emit import Registers, load, parallel, store
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel, function
+from qcompile.targets.generator import Generator
 from qcompile.targets.layout import align
 
 PART = 16  # bytes that zipping and narrowing keep together

@@ -16,7 +16,8 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.emit import Kernel, function, llvm, load, parallel, splat, store, widen
+from qcompile.targets.cpu.emit import llvm, load, parallel, splat, store, widen
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import Dim, Layout, align
 
 SMALL = 1 << 14  # elements; below this a thread-pool launch costs more than it saves

@@ -21,11 +21,12 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, Products
 from qcompile.targets.cpu.conv import channel_ranges
-from qcompile.targets.cpu.emit import Kernel, Registers, function, load, splat, store
-from qcompile.targets.cpu.filters import ConvShape
+from qcompile.targets.cpu.emit import Registers, load, splat, store
 from qcompile.targets.cpu.real import clear_halo, narrow, real, to_real
 from qcompile.targets.cpu.tiles import ConvConfig, tiles
 from qcompile.targets.cpu.walk import Pixels, walk
+from qcompile.targets.filters import ConvShape
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import align
 
 UNROLLED = 16  # steps of a sum that are written out: a loop of few steps costs more than its body

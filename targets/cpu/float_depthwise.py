@@ -8,11 +8,12 @@ import numpy as np
 from tvm import tirx
 
 from qcompile.targets.base import InstructionSet
-from qcompile.targets.cpu.emit import Kernel, function, llvm, load, store
-from qcompile.targets.cpu.filters import ConvShape
+from qcompile.targets.cpu.emit import llvm, load, store
 from qcompile.targets.cpu.float_conv import Real
 from qcompile.targets.cpu.real import clear_halo, narrow, real, to_real
 from qcompile.targets.cpu.walk import Pixels, walk
+from qcompile.targets.filters import ConvShape
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import align
 
 _PIXELS = 7  # of a tile, so that pixels which share an input column load it once

@@ -9,11 +9,11 @@ from torch import fx
 
 from qcompile.ops.real import EPILOGUE, FLOAT_CONV2D, FLOAT_LINEAR, numerics_of
 from qcompile.targets.cpu.depthwise import is_depthwise
-from qcompile.targets.cpu.filters import ConvShape
 from qcompile.targets.cpu.float_conv import Real, conv
 from qcompile.targets.cpu.float_depthwise import depthwise
 from qcompile.targets.cpu.products import products
 from qcompile.targets.cpu.real import BF16, bfloat16_bits
+from qcompile.targets.filters import ConvShape
 from qcompile.targets.layout import NO_HALO
 from qcompile.targets.lower import Lowering
 from qcompile.targets.real_lower import define_real, use_real

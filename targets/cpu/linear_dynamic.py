@@ -17,20 +17,10 @@ from qcompile.arith import SMALLEST_ROW, WEIGHT_MAX
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu.conv import UNROLLED, configs, dot_of, pack
 from qcompile.targets.cpu.elementwise import launch
-from qcompile.targets.cpu.emit import (
-    Kernel,
-    Registers,
-    function,
-    llvm,
-    load,
-    splat,
-    store,
-    store_first,
-    vector_type,
-    widen,
-)
-from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.cpu.emit import Registers, llvm, load, splat, store, store_first, vector_type, widen
 from qcompile.targets.cpu.tasks import split_row
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import Dim, Layout, align, dense
 
 _ALIGNMENT = 16  # bytes: of a row, and of its scale

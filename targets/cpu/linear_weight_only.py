@@ -22,8 +22,9 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet
-from qcompile.targets.cpu.emit import Kernel, Registers, function, llvm, load, splat, store_first
+from qcompile.targets.cpu.emit import Registers, llvm, load, splat, store_first
 from qcompile.targets.cpu.tasks import split_row
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import Dim, align
 
 LANES = 16  # of a vector here, on every processor: LLVM cuts it into registers

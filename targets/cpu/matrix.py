@@ -25,10 +25,11 @@ from qcompile.targets.base import InstructionSet, MatrixUnit, TileRegisters
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order, per_channel
 from qcompile.targets.cpu.cuts import Cut, Runs
-from qcompile.targets.cpu.emit import Kernel, function, on_each_thread, only_if
-from qcompile.targets.cpu.filters import ConvShape, Filters
-from qcompile.targets.cpu.generator import Generator, tile_name
+from qcompile.targets.cpu.emit import on_each_thread, only_if
 from qcompile.targets.cpu.tasks import split
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel, function
+from qcompile.targets.generator import Generator, tile_name
 from qcompile.targets.layout import align
 
 FEWEST_PIXELS = 4  # of a run: the weights are loaded for each part anew

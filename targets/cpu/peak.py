@@ -15,6 +15,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, MatrixUnit, Target
 from qcompile.targets.cpu import emit
+from qcompile.targets.function import function
 
 REPEAT = 50_000
 # Of a dot product made of several instructions, LLVM would move some out of such a loop.
@@ -47,7 +48,7 @@ def peak_kernel(target: Target, threads: int) -> PeakKernel | None:
 
 def _dots(isa: InstructionSet, threads: int) -> PeakKernel:
     dot, accumulators, lanes = isa.dots[0], isa.registers - 8, isa.lanes
-    with emit.function("peak") as (arguments, done):
+    with function("peak") as (arguments, done):
         x = arguments.buffer("x", 1, "int32")
         weights = arguments.buffer("weights", lanes * 4, dot.weight_dtype)
         out = arguments.buffer("out", threads * lanes, "int32")
@@ -76,7 +77,7 @@ def _matrices(isa: InstructionSet, unit: MatrixUnit, threads: int) -> PeakKernel
     tall = wide = 2  # as many as keep the unit busy
     registers, lanes = unit.registers(tall, wide, unit.rows, unit.depth), isa.lanes
     pixel, line = 4 * unit.depth, 4 * lanes  # bytes of a row of pixels, of a row of weights
-    with emit.function("peak") as (arguments, done):
+    with function("peak") as (arguments, done):
         x = arguments.buffer("x", unit.rows * pixel, isa.storage)
         weights = arguments.buffer("weights", unit.depth * line, "int8")
         out = arguments.buffer("out", threads * lanes, "int32")

@@ -11,7 +11,8 @@ from tvm.tirx.script import builder as T
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.elementwise import launch
-from qcompile.targets.cpu.emit import Kernel, Registers, function, load, splat, store, widen
+from qcompile.targets.cpu.emit import Registers, load, splat, store, widen
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.layout import Layout, align
 
 

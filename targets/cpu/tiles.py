@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompile.targets.base import DotProduct, InstructionSet, Products
-from qcompile.targets.cpu.filters import ConvShape
+from qcompile.targets.filters import ConvShape
 from qcompile.targets.layout import align
 
 MOST_ROWS, MOST_VECTORS = 14, 8  # larger tiles gain nothing, and overlap less with the next one

@@ -25,10 +25,10 @@ from qcompile.targets.cpu import matrix
 from qcompile.targets.cpu.conv import conv
 from qcompile.targets.cpu.depthwise import DepthwiseConfig, depthwise
 from qcompile.targets.cpu.depthwise_dot import DepthwiseDotConfig, depthwise_dot
-from qcompile.targets.cpu.emit import Kernel
 from qcompile.targets.cpu.epilogue import Requantize
-from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.tiles import ConvConfig
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel
 from qcompile.targets.layout import NO_HALO, Layout, align
 from qcompile.targets.stored import stored, wrong
 

@@ -15,8 +15,8 @@ from execution import TARGETS
 from qcompile.targets import get
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu.choose import generator_for
-from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, toolchain
+from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout
 from qcompile.targets.workload import describe
 

@@ -10,7 +10,7 @@ from qcompile.targets import get
 from qcompile.targets.cpu.choose import generator_for
 from qcompile.targets.cpu.conv import configs, dot_of
 from qcompile.targets.cpu.epilogue import Requantize
-from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout
 
 

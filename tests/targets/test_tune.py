@@ -24,9 +24,9 @@ from qcompile.quantizer import quantize
 from qcompile.targets import get, measure, tune
 from qcompile.targets.cpu import choose
 from qcompile.targets.cpu.conv import CONV
-from qcompile.targets.cpu.emit import Kernel, function
-from qcompile.targets.cpu.emitters import EMITTERS
 from qcompile.targets.database import Database
+from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.function import Kernel, function
 from qcompile.targets.lower import lower
 from qcompile.targets.measure import Candidate
 from qcompile.targets.tune import Tuned

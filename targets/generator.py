@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcompile.targets.base import InstructionSet
-from qcompile.targets.cpu.emit import Kernel
-from qcompile.targets.cpu.filters import ConvShape, Filters
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,16 @@ from torch import fx
 from tvm import tirx
 
 from qcompile.ops.pool import adaptive_windows, window_counts
-from qcompile.targets.cpu import copy, elementwise, pool
-from qcompile.targets.cpu.choose import generator_for
-from qcompile.targets.cpu.copy import Take
 from qcompile.targets.cpu.emitters_linear import FLOAT_LINEAR
 from qcompile.targets.cpu.epilogue import Requantize
-from qcompile.targets.cpu.filters import ConvShape, Filters
 from qcompile.targets.cpu.float_emitters import FLOAT_EMITTERS
+from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout, align, dense
 from qcompile.targets.lower import Lowering, Value
 from qcompile.targets.plan import PITCH, padding_of, takes_tight
 from qcompile.targets.real_lower import define_real, layout_of
 from qcompile.targets.real_plan import PlannedReal
+from qcompile.targets.take import Take, identity
 
 q, aten = torch.ops.qcompile, torch.ops.aten
 Emitter = Callable[[Lowering, fx.Node], None]
@@ -63,7 +61,7 @@ def _convolution(low: Lowering, node: fx.Node) -> None:
     )
     requantize = Requantize(a[5], a[6], a[7], **numbers)
     filters = Filters(weight, low.tensor(a[2]), low.tensor(a[3]), a[4])
-    low.define_tuned(node, generator_for(shape, low.target.isa), shape, filters, requantize, [x, *residual])
+    low.define_tuned(node, low.kernels.generator_for(shape, low.target.isa), shape, filters, requantize, [x, *residual])
 
 
 def _linear(low: Lowering, node: fx.Node) -> None:
@@ -75,7 +73,7 @@ def _linear(low: Lowering, node: fx.Node) -> None:
     other = residual[0].layout if residual else None
     shape = ConvShape(x.layout, low.layout(node), other, (1, 1), (1, 1), (0, 0), (1, 1), 1)
     requantize = Requantize(a[5], a[6], a[7], **numbers)
-    low.define_tuned(node, generator_for(shape, low.target.isa), shape, filters, requantize, [x, *residual])
+    low.define_tuned(node, low.kernels.generator_for(shape, low.target.isa), shape, filters, requantize, [x, *residual])
 
 
 def _operand(low: Lowering, node: fx.Node, operand: fx.Node) -> Value:
@@ -109,7 +107,7 @@ def _add(low: Lowering, node: fx.Node) -> None:
     a: Any = node.args
     values = [_operand(low, node, operand) for operand in a[:2]]
     left, right = _layouts(values)
-    kernel = elementwise.add(
+    kernel = low.kernels.add(
         left,
         right,
         low.layout(node),
@@ -128,7 +126,7 @@ def _mul(low: Lowering, node: fx.Node) -> None:
     a: Any = node.args
     values = [_operand(low, node, operand) for operand in a[:2]]
     left, right = _layouts(values)
-    kernel = elementwise.mul(
+    kernel = low.kernels.mul(
         left,
         right,
         low.layout(node),
@@ -149,7 +147,7 @@ def _lookup(low: Lowering, node: fx.Node) -> None:
     if table.ndim == 2 and len(low.shape(node)) not in (2, 3, 4):
         raise low.error(node, "a table per channel needs a 2-d, 3-d or 4-d activation")
     (layout,) = _layouts([value])
-    kernel = elementwise.lookup(layout, low.layout(node), table, low.fill(node), low.target.isa, low.symbol_args)
+    kernel = low.kernels.lookup(layout, low.layout(node), table, low.fill(node), low.target.isa, low.symbol_args)
     low.define(node, kernel, [value])
 
 
@@ -159,7 +157,7 @@ def _cat(low: Lowering, node: fx.Node) -> None:
     dim = int(dim) % len(low.shape(node))  # type: ignore[arg-type]
     if not all(isinstance(v.layout.shape[dim], int) for v in values if v.layout):
         raise low.error(node, "it concatenates along a dynamic dimension")
-    kernel = copy.cat(
+    kernel = low.kernels.cat(
         tuple(_layouts(values)),
         low.layout(node),
         list(zero_points),  # type: ignore[arg-type]
@@ -177,7 +175,7 @@ def _max_pool2d(low: Lowering, node: fx.Node) -> None:
     value = low.use(a[0], True)
     (layout,) = _layouts([value])
     kernel_size, stride, padding, dilation = (tuple(v) for v in a[1:5])
-    kernel = pool.max_pool(
+    kernel = low.kernels.max_pool(
         layout,
         low.layout(node),
         kernel_size,
@@ -212,7 +210,7 @@ def _average(
     (layout,) = _layouts([value])
     m = (np.float64(ratio) / counts.astype(np.float64)).astype(np.float32)
     rows, columns = (w.astype(np.int32) for w in windows)
-    kernel = pool.average_pool(
+    kernel = low.kernels.average_pool(
         layout, low.layout(node), rows, columns, m, x_zero_point, zp, low.target.isa, low.symbol_args
     )
     low.define(node, kernel, [value])
@@ -242,7 +240,7 @@ def _adaptive_avg_pool2d(low: Lowering, node: fx.Node) -> None:
 
 def _quantize(low: Lowering, node: fx.Node) -> None:
     x, inv_scale, zero_point = node.args
-    kernel = copy.quantize(
+    kernel = low.kernels.quantize(
         layout_of(low, x),  # type: ignore[arg-type]
         low.values[x].dtype,  # type: ignore[index]
         low.layout(node),
@@ -259,7 +257,7 @@ def _dequantize(low: Lowering, node: fx.Node) -> None:
     value = low.values[x]  # type: ignore[index]
     (layout,) = _layouts([value])
     real = low.planned_real.get(node) or PlannedReal(dense(layout.shape), "float32")
-    kernel = copy.dequantize(
+    kernel = low.kernels.dequantize(
         layout,
         float(scale),  # type: ignore[arg-type]
         int(zero_point),  # type: ignore[arg-type]
@@ -329,7 +327,7 @@ def _expand(low: Lowering, node: fx.Node) -> None:
     x: Any = node.args[0]
     before, after = low.shape(x), low.shape(node)
     added = len(after) - len(before)
-    aligned = copy.identity((*after[:added], *before), after)[added:]
+    aligned = identity((*after[:added], *before), after)[added:]
     low.gather(node, x, aligned)
 
 
