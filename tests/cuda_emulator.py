@@ -1,0 +1,141 @@
+"""CUDA kernels on a CPU: the same device code, compiled by g++, its threads fibers, its instructions functions.
+
+`compile_device` makes a library of kernels, and `run` launches one on NumPy arrays. `load` puts a CUDA driver and a
+CUDA runtime into the process that launch kernels of such libraries, in place of NVIDIA's: TVM's own runtime for CUDA
+then finds one GPU.
+
+Device code that reads shared memory too early, misses a barrier or lets the lanes of a warp part gets wrong bits or
+an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATED = ROOT / "tests/cuda/emulated"
+DEVICE = ROOT / "targets/cuda/device"
+BUILT = ROOT / ".cache/cuda-emulator"
+
+Parameter = np.ndarray | int | float
+
+# No product and sum may become one operation, bytes may be read as what they are not, and integers wrap around.
+_FLAGS = """-std=c++17 -O2 -mavx2 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -fwrapv -Wall
+-Wno-unknown-pragmas -fsanitize=alignment,bounds -fno-sanitize-recover=all""".split()
+
+
+def available() -> str | None:
+    """Why kernels cannot be run here; None when they can."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "the emulator switches stacks in x86-64 code"
+    if shutil.which("g++") is None:
+        return "not installed: g++"
+    return None
+
+
+def compile_device(source: str, names: Sequence[str], include: Sequence[Path] = (DEVICE,)) -> bytes:
+    """A shared library of the kernels `names` of `source`, which may include the headers of the folders `include`.
+
+    What the compiler says where it refuses is the text of the error.
+    """
+    headers = {path.name: path for folder in include for path in sorted(folder.glob("*.cuh"))}
+    headers.pop("instructions.cuh", None)  # a header's own folder is searched first: there, it would be found
+    unit = '#include "instructions.cuh"\n#line 1 "kernels.cu"\n' + source
+    unit += "\n" + "".join(f"QCOMPILE_KERNEL({name})\n" for name in names)
+
+    def build(folder: Path) -> None:
+        for name, path in headers.items():
+            shutil.copy(path, folder / name)
+        (folder / "kernels.cpp").write_text(unit)
+        _gcc(*_FLAGS, f"-I{folder}", f"-I{EMULATED}", "-c", folder / "kernels.cpp", "-o", folder / "kernels.o")
+        # Linked without the flags, which would bring a library that ends the process at the first error.
+        _gcc("-shared", "-Wl,-z,defs", folder / "kernels.o", "-o", folder / "kernels.so")
+
+    read = [*sorted(EMULATED.glob("*.h")), *sorted(EMULATED.glob("*.cuh")), *headers.values()]
+    return (_built(build, unit, *read) / "kernels.so").read_bytes()
+
+
+def run(
+    library: bytes,
+    name: str,
+    grid: Sequence[int],
+    threads: int,
+    shared_bytes: int,
+    parameters: Sequence[Parameter],
+) -> None:
+    """Launch the kernel on `grid` blocks of `threads`. Arrays go in and come back changed; int is int32, float float32.
+
+    Raises RuntimeError with what the emulator found.
+    """
+    kernels = _open(library)
+    sizes = (ctypes.c_int * (len(parameters) + 1)).in_dll(kernels, f"{name}_parameter_sizes")
+    values: list[ctypes._SimpleCData] = []
+    copies: list[tuple[np.ndarray, int]] = []
+    for parameter in parameters:
+        if isinstance(parameter, np.ndarray):
+            assert parameter.flags.c_contiguous
+            memory = kernels.qcompile_allocate(parameter.nbytes)
+            ctypes.memmove(memory, parameter.ctypes.data, parameter.nbytes)
+            copies.append((parameter, memory))
+            values.append(ctypes.c_void_p(memory))
+        else:
+            values.append(ctypes.c_int32(parameter) if isinstance(parameter, int) else ctypes.c_float(parameter))
+    assert list(sizes) == [*map(ctypes.sizeof, values), 0], f"{name} takes parameters of {list(sizes)} bytes"
+    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    entry = ctypes.cast(getattr(kernels, f"{name}_launch"), ctypes.c_void_p)
+    error = kernels.qcompile_launch(entry, *(*grid, 1, 1)[:3], threads, shared_bytes, addresses)
+    for array, memory in copies:
+        if array.flags.writeable:
+            ctypes.memmove(array.ctypes.data, memory, array.nbytes)
+        if not kernels.qcompile_free(memory):
+            error = error or b"a write beyond an array"
+    if error:
+        raise RuntimeError(f"{name}: {error.decode()}")
+
+
+def _gcc(*arguments: str | Path) -> None:
+    result = subprocess.run(["g++", *map(str, arguments)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"g++ refuses:\n{result.stderr}")
+
+
+def _built(build: Callable[[Path], None], *inputs: str | Path) -> Path:
+    """The folder that `build` fills, from before where the inputs are the same. Processes may ask for it at once."""
+    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    for item in inputs:
+        content = item.encode() if isinstance(item, str) else item.name.encode() + item.read_bytes()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    target = BUILT / digest.hexdigest()[:32]
+    if not target.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILT, prefix="build-") as folder:
+            build(Path(folder))
+            try:
+                os.rename(folder, target)
+            except OSError:  # another process was first
+                assert target.exists()
+    return target
+
+
+@functools.lru_cache(maxsize=None)
+def _open(library: bytes) -> ctypes.CDLL:
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(library)
+        file.flush()
+        kernels = ctypes.CDLL(file.name)
+    kernels.qcompile_launch.restype = ctypes.c_char_p
+    kernels.qcompile_allocate.restype = ctypes.c_void_p
+    kernels.qcompile_allocate.argtypes = [ctypes.c_size_t]
+    kernels.qcompile_free.argtypes = [ctypes.c_void_p]
+    return kernels
