@@ -31,8 +31,9 @@ BUILT = ROOT / ".cache/cuda-emulator"
 Parameter = np.ndarray | int | float
 
 # No product and sum may become one operation, bytes may be read as what they are not, and integers wrap around.
-_FLAGS = """-std=c++17 -O2 -mavx2 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -fwrapv -Wall
--Wno-unknown-pragmas -fsanitize=alignment,bounds -fno-sanitize-recover=all""".split()
+_ARITHMETIC = ("-mavx2", "-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv")
+_CHECKS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
+_LIBRARY = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
 
 
 def available() -> str | None:
@@ -58,8 +59,9 @@ def compile_device(source: str, names: Sequence[str], include: Sequence[Path] = 
         for name, path in headers.items():
             shutil.copy(path, folder / name)
         (folder / "kernels.cpp").write_text(unit)
-        _gcc(*_FLAGS, f"-I{folder}", f"-I{EMULATED}", "-c", folder / "kernels.cpp", "-o", folder / "kernels.o")
-        # Linked without the flags, which would bring a library that ends the process at the first error.
+        places = (f"-I{folder}", f"-I{EMULATED}")
+        _gcc(*_LIBRARY, *_ARITHMETIC, *_CHECKS, *places, "-c", folder / "kernels.cpp", "-o", folder / "kernels.o")
+        # Linked without the checks, which would bring a library that ends the process at the first error.
         _gcc("-shared", "-Wl,-z,defs", folder / "kernels.o", "-o", folder / "kernels.so")
 
     read = [*sorted(EMULATED.glob("*.h")), *sorted(EMULATED.glob("*.cuh")), *headers.values()]
@@ -104,6 +106,41 @@ def run(
         raise RuntimeError(f"{name}: {error.decode()}")
 
 
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Make this process find one emulated GPU, of the compute capability that QCOMPILE_EMULATED_SM says (or 90).
+
+    For the whole process, and before anything asks CUDA's libraries: call it first. Returns the library, with
+
+    - `qcompile_emulated_counter(name)`: how often something was done, names in tests/cuda/emulated/driver.cpp
+    - `qcompile_emulated_message()`: what the last call that failed said
+    """
+    folder = _built(_build_driver, *sorted(path for path in EMULATED.iterdir() if path.suffix != ".cuh"))
+    driver = ctypes.CDLL(str(folder / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+    driver.qcompile_emulated_counter.restype = ctypes.c_int64
+    driver.qcompile_emulated_counter.argtypes = [ctypes.c_char_p]
+    driver.qcompile_emulated_message.restype = ctypes.c_char_p
+    import tvm  # finds the libraries by their names, which are loaded
+    import tvm_ffi
+
+    if tvm_ffi.get_global_func("runtime.GetCudaDeviceCount", allow_missing=True) is None:
+        # tvm was imported before, and could not load it.
+        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib/libtvm_runtime_cuda.so"))
+    return driver
+
+
+def _build_driver(folder: Path) -> None:
+    sources = [EMULATED / name for name in ("device.cpp", "driver.cpp", "runtime.cpp")]
+    runtime, driver = folder / "libcudart.so.13", folder / "libcuda.so.1"
+    script = f"-Wl,--version-script={EMULATED / 'symbols.map'}"
+    _gcc(*_LIBRARY, *sources, "-shared", "-Wl,-soname,libcudart.so.13", script, "-o", runtime)
+    # All is in the first; who asks the second finds it through this one's dependency.
+    (folder / "empty.cpp").touch()
+    link = ("-Wl,-soname,libcuda.so.1", "-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN")
+    _gcc("-shared", folder / "empty.cpp", *link, runtime, "-o", driver)
+
+
 def _gcc(*arguments: str | Path) -> None:
     result = subprocess.run(["g++", *map(str, arguments)], capture_output=True, text=True, check=False)
     if result.returncode:
@@ -112,7 +149,7 @@ def _gcc(*arguments: str | Path) -> None:
 
 def _built(build: Callable[[Path], None], *inputs: str | Path) -> Path:
     """The folder that `build` fills, from before where the inputs are the same. Processes may ask for it at once."""
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    digest = hashlib.sha256(" ".join((*_ARITHMETIC, *_CHECKS, *_LIBRARY)).encode())
     for item in inputs:
         content = item.encode() if isinstance(item, str) else item.name.encode() + item.read_bytes()
         digest.update(len(content).to_bytes(8, "little") + content)
@@ -128,7 +165,7 @@ def _built(build: Callable[[Path], None], *inputs: str | Path) -> Path:
     return target
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _open(library: bytes) -> ctypes.CDLL:
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)

@@ -66,11 +66,14 @@ class Guarded {
     return at >= data_ && bytes <= bytes_ && at - data_ <= ptrdiff_t(bytes_ - bytes);
   }
   bool intact() const {
-    for (const char* at = base_ + page; at < base_ + mapped_ - page; at++) {
-      if (at == data_) at += bytes_;
-      if (at < base_ + mapped_ - page && *at != pattern) return false;
-    }
-    return true;
+    char wrong = 0;
+    for (const char* at = base_ + page; at < data_; at++) wrong |= *at ^ pattern;
+    for (const char* at = data_ + bytes_; at < base_ + mapped_ - page; at++) wrong |= *at ^ pattern;
+    return wrong == 0;
+  }
+  // Whether it can be touched at all; at first it can.
+  void open(bool whether) const {
+    mprotect(base_ + page, mapped_ - 2 * page, whether ? PROT_READ | PROT_WRITE : PROT_NONE);
   }
 
  private:
