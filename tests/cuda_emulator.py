@@ -82,7 +82,7 @@ def run(
     """
     kernels = _open(library)
     sizes = (ctypes.c_int * (len(parameters) + 1)).in_dll(kernels, f"{name}_parameter_sizes")
-    values: list[ctypes._SimpleCData] = []
+    values: list[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_float] = []
     copies: list[tuple[np.ndarray, int]] = []
     for parameter in parameters:
         if isinstance(parameter, np.ndarray):
@@ -107,13 +107,15 @@ def run(
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
+def load_driver() -> ctypes.CDLL:
     """Make this process find one emulated GPU, of the compute capability that QCOMPILE_EMULATED_SM says (or 90).
 
-    For the whole process, and before anything asks CUDA's libraries: call it first. Returns the library, with
+    For the whole process, and before anything asks for CUDA's libraries. Returns the library: that of the driver, of
+    the runtime, and
 
     - `qcompile_emulated_counter(name)`: how often something was done, names in tests/cuda/emulated/driver.cpp
     - `qcompile_emulated_message()`: what the last call that failed said
+    - `qcompile_emulated_reset()`: a kernel that failed is forgotten; until then, every call fails
     """
     folder = _built(_build_driver, *sorted(path for path in EMULATED.iterdir() if path.suffix != ".cuh"))
     driver = ctypes.CDLL(str(folder / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
@@ -121,6 +123,13 @@ def load() -> ctypes.CDLL:
     driver.qcompile_emulated_counter.restype = ctypes.c_int64
     driver.qcompile_emulated_counter.argtypes = [ctypes.c_char_p]
     driver.qcompile_emulated_message.restype = ctypes.c_char_p
+    return driver
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Make TVM in this process find one emulated GPU, as `load_driver` does."""
+    driver = load_driver()
     import tvm  # finds the libraries by their names, which are loaded
     import tvm_ffi
 

@@ -5,6 +5,8 @@
 //   const int NAME_parameter_sizes[]        their sizes in bytes, and 0
 #pragma once
 #include <limits.h>
+#include <pthread.h>
+#include <signal.h>
 
 #include <array>
 #include <mutex>
@@ -86,6 +88,27 @@ inline void run_block(Stacks& stacks, int x, int y, int z) {
   qcompile_switch(&block.host, block.stacks[block.current]);
 }
 
+// While it lives, a kernel that touches memory it may not ends its launch, and not the process.
+class Faults {
+ public:
+  Faults() {
+    launching = pthread_self();
+    struct sigaction action = {};
+    action.sa_sigaction = &handle;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // it does not return
+    sigaction(SIGSEGV, &action, &before);
+  }
+  ~Faults() { sigaction(SIGSEGV, &before, nullptr); }
+
+ private:
+  static void handle(int, siginfo_t* info, void*) {
+    if (pthread_equal(pthread_self(), launching)) fail("a read or write at %p, where it may not", info->si_addr);
+    sigaction(SIGSEGV, &before, nullptr);  // another thread: the instruction faults again, as if this were not here
+  }
+  static inline pthread_t launching;
+  static inline struct sigaction before;
+};
+
 // Run `kernel`, a NAME_launch, on every block of the grid, in a random order. Returns what went wrong, or nullptr.
 inline const char* launch(void (*kernel)(void**), const int (&grid)[3], int threads, int shared_bytes, void** parameters) {
   static std::mutex one_at_a_time;
@@ -108,6 +131,7 @@ inline const char* launch(void (*kernel)(void**), const int (&grid)[3], int thre
     block.random.state ^= strtoull(seed, nullptr, 10) << 20;
   seeded = true;
 
+  Faults faults;
   std::vector<uint32_t> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   for (size_t i = 0; i < blocks && block.message[0] == 0; i++) {
