@@ -136,6 +136,7 @@ def load() -> ctypes.CDLL:
     if tvm_ffi.get_global_func("runtime.GetCudaDeviceCount", allow_missing=True) is None:
         # tvm was imported before, and could not load it.
         ctypes.CDLL(str(Path(tvm.__file__).parent / "lib/libtvm_runtime_cuda.so"))
+    assert tvm.cuda(0).device_name.startswith("emulated"), "CUDA's own libraries were loaded before"
     return driver
 
 

@@ -26,7 +26,8 @@ extern "C" __global__ void bytes(const uint32_t* a, const uint32_t* b, int* dots
   chosen[i] = permute(a[i], b[i], 0x7250);
 }
 
-extern "C" __global__ void numbers(const float* a, const float* b, float* product, float* sum, int* rounded, float* back) {
+extern "C" __global__ void numbers(const float* a, const float* b, float* product, float* sum, int* rounded,
+                                   float* back) {
   int i = block_x() * threads() + thread();
   product[i] = multiply(a[i], b[i]);
   sum[i] = fused_multiply_add(a[i], b[i], b[i]);

@@ -325,3 +325,13 @@ def test_tvm_finds_one_gpu_of_the_capability_asked_for(library_file: Path) -> No
     """
     done = process(script, library_file, QCOMPILE_EMULATED_SM="86")
     assert done.returncode == 0, done.stderr
+
+
+def test_tvm_finds_it_also_where_it_was_imported_before(library_file: Path) -> None:
+    script = """
+        import tvm
+        driver = cuda_emulator.load()
+        assert np.array_equal(tvm.runtime.tensor(np.arange(5), tvm.cuda(0)).numpy(), np.arange(5))
+    """
+    done = process(script, library_file)
+    assert done.returncode == 0, done.stderr

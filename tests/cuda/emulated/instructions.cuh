@@ -28,7 +28,7 @@ inline char* shared_memory() { return emulated::block.shared; }
 
 inline void barrier(QCOMPILE_HERE) { emulated::wait_at_barrier({file, line}); }
 
-// --- numbers (compiled with -ffp-contract=off) ------------------------------------------------------------------------
+// --- numbers (compiled with -ffp-contract=off) -----------------------------------------------------------------------
 
 inline float multiply(float a, float b) { return a * b; }
 inline float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -40,7 +40,7 @@ inline int round_half_even(float value) {
   return int(lrintf(value));
 }
 
-// --- dot products -----------------------------------------------------------------------------------------------------
+// --- dot products ----------------------------------------------------------------------------------------------------
 
 inline int dot4(uint32_t a, uint32_t b, int acc) {
   for (int i = 0; i < 32; i += 8) acc += int8_t(a >> i) * int8_t(b >> i);
@@ -73,7 +73,7 @@ inline uint32_t larger4(uint32_t a, uint32_t b) {
   return warp.values[lane];
 }
 
-// --- tensor cores -----------------------------------------------------------------------------------------------------
+// --- tensor cores ----------------------------------------------------------------------------------------------------
 
 [[gnu::noinline]] inline void load_matrices(uint32_t (&words)[4], const void* row, QCOMPILE_HERE) {
   emulated::check_shared("load_matrices", row, 16, {file, line});
@@ -143,7 +143,7 @@ inline void multiply_add(Warp& lanes) {
   for (int i = 0; i < 2; i++) memcpy(&sums[2 * i], &warp.sums[i][g][2 * t], 8);
 }
 
-// --- copies from global to shared memory ------------------------------------------------------------------------------
+// --- copies from global to shared memory -----------------------------------------------------------------------------
 
 template <int BYTES>
 inline void copy_async(void* shared, const void* global, bool take, QCOMPILE_HERE) {

@@ -110,7 +110,8 @@ class Faults {
 };
 
 // Run `kernel`, a NAME_launch, on every block of the grid, in a random order. Returns what went wrong, or nullptr.
-inline const char* launch(void (*kernel)(void**), const int (&grid)[3], int threads, int shared_bytes, void** parameters) {
+inline const char* launch(void (*kernel)(void**), const int (&grid)[3], int threads, int shared_bytes,
+                          void** parameters) {
   static std::mutex one_at_a_time;
   static Stacks stacks;
   std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -174,26 +175,31 @@ QCOMPILE_EXPORT inline __attribute__((used)) int qcompile_free(void* memory) {
   return 0;
 }
 
-#define QCOMPILE_KERNEL(NAME)                                                                        \
+#define QCOMPILE_KERNEL(NAME) \
   QCOMPILE_EXPORT void NAME##_launch(void** parameters) { qcompile::emulated::call(NAME, parameters); } \
-  QCOMPILE_EXPORT const decltype(qcompile::emulated::sizes(NAME)) NAME##_parameter_sizes;           \
+  QCOMPILE_EXPORT const decltype(qcompile::emulated::sizes(NAME)) NAME##_parameter_sizes; \
   const decltype(qcompile::emulated::sizes(NAME)) NAME##_parameter_sizes = qcompile::emulated::sizes(NAME);
 
-// --- what the compiler calls where a load or store is not aligned, or an index is outside an array --------------------
+// --- what the compiler calls where a load or store is not aligned, or an index is outside an array -------------------
 
 namespace qcompile::emulated {
-struct SourceLocation {  // as -fsanitize of GCC and Clang lays it out
+struct Checked {  // how what -fsanitize of GCC hands over begins
   const char* file;
   uint32_t line, column;
 };
 }  // namespace qcompile::emulated
 
-extern "C" inline __attribute__((used, noinline)) void __ubsan_handle_type_mismatch_v1_abort(void* data, void* address) {
-  auto* place = static_cast<qcompile::emulated::SourceLocation*>(data);
-  qcompile::emulated::fail("%s: %p is not aligned for its type", qcompile::emulated::name({place->file, int(place->line)}), address);
+extern "C" {
+inline __attribute__((used, noinline)) void __ubsan_handle_type_mismatch_v1_abort(void* data, void* address) {
+  auto* checked = static_cast<qcompile::emulated::Checked*>(data);
+  qcompile::emulated::Place place = {checked->file, int(checked->line)};
+  qcompile::emulated::fail("%s: %p is not aligned for its type", qcompile::emulated::name(place), address);
 }
-extern "C" inline __attribute__((used, noinline)) void __ubsan_handle_out_of_bounds_abort(void* data, void* index) {
-  auto* place = static_cast<qcompile::emulated::SourceLocation*>(data);
-  qcompile::emulated::fail("%s: index %td is outside the array", qcompile::emulated::name({place->file, int(place->line)}),
+
+inline __attribute__((used, noinline)) void __ubsan_handle_out_of_bounds_abort(void* data, void* index) {
+  auto* checked = static_cast<qcompile::emulated::Checked*>(data);
+  qcompile::emulated::Place place = {checked->file, int(checked->line)};
+  qcompile::emulated::fail("%s: index %td is outside the array", qcompile::emulated::name(place),
                            reinterpret_cast<ptrdiff_t>(index));
+}
 }

@@ -144,7 +144,7 @@ API cudaMemcpyPeerAsync(void* to, int to_ordinal, const void* from, int from_ord
   return noted(to_ordinal == 0 && from_ordinal == 0 ? device().copy(to, from, bytes, 3, stream) : invalid_device);
 }
 
-// --- errors -----------------------------------------------------------------------------------------------------------
+// --- errors ----------------------------------------------------------------------------------------------------------
 
 extern "C" __attribute__((visibility("default"))) const char* cudaGetErrorName(int status) {
   return status_name(status);
@@ -162,7 +162,7 @@ API cudaGetLastError() {
   return status;
 }
 
-// --- streams and events -----------------------------------------------------------------------------------------------
+// --- streams and events ----------------------------------------------------------------------------------------------
 
 API cudaStreamCreate(Stream** stream) {
   LOCK;
@@ -216,7 +216,7 @@ API cudaEventElapsedTime(float* milliseconds, const Event* from, const Event* to
   return success;
 }
 
-// --- graphs -----------------------------------------------------------------------------------------------------------
+// --- graphs ----------------------------------------------------------------------------------------------------------
 
 API cudaStreamBeginCapture(Stream* stream, int) {
   LOCK;
