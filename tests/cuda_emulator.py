@@ -76,24 +76,26 @@ def run(
     shared_bytes: int,
     parameters: Sequence[Parameter],
 ) -> None:
-    """Launch the kernel on `grid` blocks of `threads`. Arrays go in and come back changed; int is int32, float float32.
+    """Launch the kernel on `grid` blocks of `threads`. Arrays go in and come back changed; a float is a float32.
 
     Raises RuntimeError with what the emulator found.
     """
     kernels = _open(library)
-    sizes = (ctypes.c_int * (len(parameters) + 1)).in_dll(kernels, f"{name}_parameter_sizes")
-    values: list[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_float] = []
+    sizes = list((ctypes.c_int * (len(parameters) + 1)).in_dll(kernels, f"{name}_parameter_sizes"))
+    values: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_int32 | ctypes.c_float] = []
     copies: list[tuple[np.ndarray, int]] = []
-    for parameter in parameters:
+    for parameter, size in zip(parameters, sizes, strict=False):
         if isinstance(parameter, np.ndarray):
             assert parameter.flags.c_contiguous
             memory = kernels.qcompile_allocate(parameter.nbytes)
             ctypes.memmove(memory, parameter.ctypes.data, parameter.nbytes)
             copies.append((parameter, memory))
             values.append(ctypes.c_void_p(memory))
+        elif isinstance(parameter, int):
+            values.append(ctypes.c_int64(parameter) if size == 8 else ctypes.c_int32(parameter))
         else:
-            values.append(ctypes.c_int32(parameter) if isinstance(parameter, int) else ctypes.c_float(parameter))
-    assert list(sizes) == [*map(ctypes.sizeof, values), 0], f"{name} takes parameters of {list(sizes)} bytes"
+            values.append(ctypes.c_float(parameter))
+    assert sizes == [*map(ctypes.sizeof, values), 0], f"{name} takes parameters of {sizes} bytes"
     addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     entry = ctypes.cast(getattr(kernels, f"{name}_launch"), ctypes.c_void_p)
     error = kernels.qcompile_launch(entry, *(*grid, 1, 1)[:3], threads, shared_bytes, addresses)

@@ -71,8 +71,8 @@ extern "C" __global__ void number_blocks(int* order, int* where) {
   if (thread() == 0) order[number] = order[blocks_x() * blocks_y() * blocks_z()]++;
 }
 
-extern "C" __global__ void add(const int* a, int* b, int count, float more) {
-  int i = block_x() * threads() + thread();
+extern "C" __global__ void add(const int* a, int* b, int64_t count, float more) {
+  int64_t i = block_x() * threads() + thread();
   if (i < count) b[i] += a[i] + round_half_even(more);
 }
 

@@ -226,7 +226,7 @@ def test_a_graph_replays_what_a_stream_recorded(library_file: Path) -> None:
         assert driver.cuModuleGetFunction(ctypes.byref(add), module, b"add") == 0
         assert driver.cudaStreamCreate(ctypes.byref(stream)) == 0
 
-        count_, more = ctypes.c_int(100), ctypes.c_float(2.5)
+        count_, more = ctypes.c_int64(100), ctypes.c_float(2.5)
         parameters = (ctypes.c_void_p * 4)(*map(ctypes.addressof, (a, b, count_, more)))
         config = np.zeros(7, np.uint64)
         config.view(np.uint32)[:7] = 4, 1, 1, 32, 1, 1, 0
@@ -304,7 +304,7 @@ def test_tvm_finds_one_gpu_of_the_capability_asked_for(library_file: Path) -> No
             return number64(len(value)) + value
 
         # A module as it is saved: its format, its functions (arguments, launch parameters, tags) and its code.
-        types = [(3, 64), (3, 64), (0, 32), (2, 32)]  # two pointers, int32, float32
+        types = [(3, 64), (3, 64), (0, 64), (2, 32)]  # two pointers, int64, float32
         tags = [b"blockIdx.x", b"threadIdx.x"]
         info = text(b"add") + number64(4) + b"".join(bytes([code, bits, 1, 0]) for code, bits in types)
         info += number64(2) + b"".join(map(text, tags)) + number64(4) + bytes(16)

@@ -160,7 +160,7 @@ Status Device::launch(Function* function, const int (&grid)[3], int threads, int
     std::vector<void*> addresses;
     for (auto& value : values) {
       const char* pointer = nullptr;
-      if (value.size() == sizeof pointer) memcpy(&pointer, value.data(), sizeof pointer);
+      if (function->pointers[addresses.size()]) memcpy(&pointer, value.data(), sizeof pointer);
       if (pointer != nullptr && find(pointer, 0) == nullptr)
         return fail(illegal_address, function->name + ": parameter " + std::to_string(addresses.size()) +
                                          " does not point to memory of the device");

@@ -52,7 +52,8 @@ struct Function {
   std::string name;
   Module* module;
   void (*entry)(void**);
-  const int* sizes;  // of the parameters, and 0
+  const int* sizes;      // of the parameters, and 0
+  const bool* pointers;  // which of them are pointers
   int shared_limit = 48 << 10;
 };
 

@@ -89,14 +89,15 @@ API cuModuleGetFunction(Function** function, Module* module, const char* name) {
   LOCK;
   auto& found = device().functions[{module, name}];
   if (found == nullptr) {
-    void* entry = dlsym(module->library, (std::string(name) + "_launch").c_str());
-    void* sizes = dlsym(module->library, (std::string(name) + "_parameter_sizes").c_str());
-    if (entry == nullptr || sizes == nullptr) return not_found;
+    auto symbol = [&](const char* suffix) { return dlsym(module->library, (name + std::string(suffix)).c_str()); };
+    void *entry = symbol("_launch"), *sizes = symbol("_parameter_sizes"), *pointers = symbol("_parameter_pointers");
+    if (entry == nullptr || sizes == nullptr || pointers == nullptr) return not_found;
     found = std::make_unique<Function>();
     found->name = name;
     found->module = module;
     found->entry = reinterpret_cast<void (*)(void**)>(entry);
     found->sizes = static_cast<const int*>(sizes);
+    found->pointers = static_cast<const bool*>(pointers);
   }
   *function = found.get();
   return success;

@@ -36,27 +36,25 @@ inline void poison(void* memory, size_t bytes, Random& random) {
   }
 }
 
-// `bytes` from an address at `alignment`, the inaccessible page as soon after them as that allows. The bytes between,
-// and those before, hold a pattern that `intact` looks for: a write to them is found late, a read not at all.
+// `bytes` from an address at `alignment`, between stretches that cannot be touched: of addresses only, they take no
+// memory. The second begins as soon as pages and the alignment allow. Bytes of the pages beside hold a pattern that
+// `intact` looks for: a write to them is found late, a read not at all.
 class Guarded {
  public:
   Guarded(size_t bytes, size_t alignment) : bytes_(bytes) {
     size_t room = (bytes + alignment - 1) / alignment * alignment;
-    mapped_ = (room + page - 1) / page * page + 2 * page;
-    base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) {
-      base_ = nullptr;
-      return;
-    }
-    mprotect(base_, page, PROT_NONE);
-    mprotect(base_ + mapped_ - page, page, PROT_NONE);
-    data_ = base_ + mapped_ - page - room;
-    memset(base_ + page, pattern, data_ - base_ - page);
+    pages_ = (room + page - 1) / page * page;
+    void* mapped = mmap(nullptr, pages_ + 2 * guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) return;
+    base_ = static_cast<char*>(mapped) + guard;
+    if (pages_ != 0 && mprotect(base_, pages_, PROT_READ | PROT_WRITE) != 0) return;
+    data_ = base_ + pages_ - room;
+    memset(base_, pattern, data_ - base_);
     memset(data_ + bytes, pattern, room - bytes);
   }
   Guarded(const Guarded&) = delete;
   ~Guarded() {
-    if (base_ != nullptr) munmap(base_, mapped_);
+    if (base_ != nullptr) munmap(base_ - guard, pages_ + 2 * guard);
   }
 
   char* data() const { return data_; }  // nullptr where there is no memory left
@@ -67,20 +65,20 @@ class Guarded {
   }
   bool intact() const {
     char wrong = 0;
-    for (const char* at = base_ + page; at < data_; at++) wrong |= *at ^ pattern;
-    for (const char* at = data_ + bytes_; at < base_ + mapped_ - page; at++) wrong |= *at ^ pattern;
+    for (const char* at = base_; at < data_; at++) wrong |= *at ^ pattern;
+    for (const char* at = data_ + bytes_; at < base_ + pages_; at++) wrong |= *at ^ pattern;
     return wrong == 0;
   }
   // Whether it can be touched at all; at first it can.
   void open(bool whether) const {
-    mprotect(base_ + page, mapped_ - 2 * page, whether ? PROT_READ | PROT_WRITE : PROT_NONE);
+    mprotect(base_, pages_, whether ? PROT_READ | PROT_WRITE : PROT_NONE);
   }
 
  private:
-  static constexpr size_t page = 4096;
+  static constexpr size_t page = 4096, guard = 64 << 20;
   static constexpr char pattern = 0x5b;
-  size_t bytes_, mapped_;
-  char *base_, *data_ = nullptr;
+  size_t bytes_, pages_;
+  char *base_ = nullptr, *data_ = nullptr;
 };
 
 }  // namespace qcompile::emulated

@@ -3,6 +3,7 @@
 // A library of kernels exports, besides `qcompile_launch`, for each `QCOMPILE_KERNEL(NAME)`:
 //   void NAME_launch(void** parameters)     calls NAME with *parameters[0], *parameters[1], ...; within a launch
 //   const int NAME_parameter_sizes[]        their sizes in bytes, and 0
+//   const bool NAME_parameter_pointers[]    which of them are pointers
 #pragma once
 #include <limits.h>
 #include <pthread.h>
@@ -31,6 +32,11 @@ inline void call(void (*kernel)(P...), void** parameters) {
 template <class... P>
 constexpr std::array<int, sizeof...(P) + 1> sizes(void (*)(P...)) {
   return {int(sizeof(P))..., 0};
+}
+
+template <class... P>
+constexpr std::array<bool, sizeof...(P) + 1> pointers(void (*)(P...)) {
+  return {std::is_pointer_v<P>..., false};
 }
 
 // Where a thread begins. Its stack has nothing to return to.
@@ -177,8 +183,11 @@ QCOMPILE_EXPORT inline __attribute__((used)) int qcompile_free(void* memory) {
 
 #define QCOMPILE_KERNEL(NAME) \
   QCOMPILE_EXPORT void NAME##_launch(void** parameters) { qcompile::emulated::call(NAME, parameters); } \
-  QCOMPILE_EXPORT const decltype(qcompile::emulated::sizes(NAME)) NAME##_parameter_sizes; \
-  const decltype(qcompile::emulated::sizes(NAME)) NAME##_parameter_sizes = qcompile::emulated::sizes(NAME);
+  QCOMPILE_CONSTANT(NAME##_parameter_sizes, qcompile::emulated::sizes(NAME)) \
+  QCOMPILE_CONSTANT(NAME##_parameter_pointers, qcompile::emulated::pointers(NAME))
+#define QCOMPILE_CONSTANT(NAME, VALUE) \
+  QCOMPILE_EXPORT const decltype(VALUE) NAME; \
+  const decltype(VALUE) NAME = VALUE;
 
 // --- what the compiler calls where a load or store is not aligned, or an index is outside an array -------------------
 
