@@ -3,6 +3,7 @@
     manifest.json               what the model takes and returns, what it was built with and for, the ledger
     targets/<name>/library.so   machine code, one per target
     targets/<name>/constants.safetensors   packed weights, mapped where they lie
+    targets/<name>/device_code   kernels of a GPU, where the target has one
     golden.safetensors          a few inputs with the outputs they must give
 
 An `Artifact` is a plain value: the compiler makes one in memory, `save` writes it, `load` reads it.
@@ -100,6 +101,8 @@ class Variant(NamedTuple):
         rank: of several that a device can run, the highest is best.
         library: a shared object: a Relax virtual-machine executable with the function "main".
         constants: the tensors that "main" takes after the inputs, as one tuple, in order; may be empty.
+        device_code: of a variant for an NVIDIA GPU, its kernels: a fatbin or PTX, as the driver takes it; else empty.
+        device_kernels: their names, parameters and launch parameters, as the JSON of TVM's kernel metadata; else "".
     """
 
     name: str
@@ -108,6 +111,8 @@ class Variant(NamedTuple):
     rank: int
     library: container.Buffer
     constants: Mapping[str, np.ndarray]
+    device_code: container.Buffer = b""
+    device_kernels: str = ""
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r}, {len(self.library)} bytes of code)"
@@ -210,10 +215,7 @@ class Artifact(NamedTuple):
             "inputs": [spec._asdict() for spec in self.inputs],
             "outputs": [spec._asdict() for spec in self.outputs],
             "output_structure": self.output_structure,
-            "targets": [
-                {"name": v.name, "machine": v.machine, "features": list(v.features), "rank": v.rank}
-                for v in self.variants
-            ],
+            "targets": [_target(variant) for variant in self.variants],
             "toolchain": dict(self.toolchain),
             "exact": self.exact,
             "tolerance": self.tolerance,
@@ -226,6 +228,8 @@ class Artifact(NamedTuple):
         for variant in self.variants:
             members[f"targets/{variant.name}/library.so"] = variant.library
             members[f"targets/{variant.name}/constants.safetensors"] = tensors.encode(variant.constants)
+            if variant.device_code:
+                members[f"targets/{variant.name}/device_code"] = variant.device_code
         arrays = {
             f"{case}.{side}.{index}": array
             for case, golden in enumerate(self.golden)
@@ -247,6 +251,7 @@ def _artifact(manifest: dict[str, Any], members: dict[str, memoryview]) -> Artif
             rank=int(entry["rank"]),
             library=members[f"targets/{entry['name']}/library.so"],
             constants=tensors.decode(members[f"targets/{entry['name']}/constants.safetensors"]),
+            **_device_part(entry, members),
         )
         for entry in manifest["targets"]
     )
@@ -270,6 +275,28 @@ def _artifact(manifest: dict[str, Any], members: dict[str, memoryview]) -> Artif
         golden=golden,
         tolerance=float(manifest["tolerance"]),
     )
+
+
+def _target(variant: Variant) -> dict[str, Any]:
+    entry = {
+        "name": variant.name,
+        "machine": variant.machine,
+        "features": list(variant.features),
+        "rank": variant.rank,
+    }
+    return {**entry, "device_kernels": variant.device_kernels} if variant.device_code else entry
+
+
+def _device_part(entry: dict[str, Any], members: dict[str, memoryview]) -> dict[str, Any]:
+    """What a variant for a GPU has besides."""
+    if "device_kernels" not in entry:
+        return {}
+    if not isinstance(entry["device_kernels"], str):
+        raise TypeError(f"kernels that are {entry['device_kernels']!r}")
+    return {
+        "device_code": members[f"targets/{entry['name']}/device_code"],
+        "device_kernels": entry["device_kernels"],
+    }
 
 
 def _spec(entry: dict[str, Any]) -> TensorSpec:

@@ -45,9 +45,14 @@ def _artifact(seed: int = 0) -> Artifact:
                     "scalar": np.asarray(rng.random(), np.float32),
                     "bias": rng.integers(-9, 9, 5, dtype=np.int32),
                 },
+                *device,
             )
-            for rank, (name, machine, features) in enumerate(
-                [("x86-avx2", "x86_64", ("avx2", "fma")), ("arm64-neon", "aarch64", ("asimd",))]
+            for rank, (name, machine, features, *device) in enumerate(
+                [
+                    ("x86-avx2", "x86_64", ("avx2", "fma")),
+                    ("arm64-neon", "aarch64", ("asimd",)),
+                    ("cuda-sm_80", "x86_64", ("sm_80",), rng.bytes(777), '{"func_info": {}}'),
+                ]
             )
         ),
         coverage=(CoverageRow("aten.linear.default", "linear", "float", "topi", "not quantized: no reason", "head"),),
@@ -75,6 +80,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     for got, want in zip(loaded.variants, ORIGINAL.variants, strict=True):
         assert (got.name, got.machine, got.features, got.rank) == (want.name, want.machine, want.features, want.rank)
         assert bytes(got.library) == want.library
+        assert (bytes(got.device_code), got.device_kernels) == (want.device_code, want.device_kernels)
         assert list(got.constants) == list(want.constants)
         for key, array in want.constants.items():
             np.testing.assert_array_equal(got.constants[key], array, strict=True)
@@ -132,11 +138,35 @@ def test_every_flipped_byte_is_found() -> None:
     assert _same(Artifact.from_bytes(memoryview(changed)), ORIGINAL)
 
 
-def test_a_damaged_member_is_named() -> None:
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (ORIGINAL.variants[0].library, r"targets/x86-avx2/library\.so"),
+        (ORIGINAL.variants[2].device_code, "targets/cuda-sm_80/device_code"),
+    ],
+)
+def test_a_damaged_member_is_named(data: bytes, name: str) -> None:
     changed = bytearray(DATA)
-    changed[DATA.index(bytes(ORIGINAL.variants[0].library)) + 500] ^= 4
-    with pytest.raises(ArtifactError, match=r"damaged: member targets/x86-avx2/library\.so"):
+    changed[DATA.index(data) + 500] ^= 4
+    with pytest.raises(ArtifactError, match=f"damaged: member {name}"):
         Artifact.from_bytes(memoryview(changed))
+
+
+def test_a_target_without_a_gpu_has_no_part_for_one() -> None:
+    cpu = ORIGINAL._replace(variants=ORIGINAL.variants[:2])
+    assert not [name for name in cpu.sizes() if "device" in name]
+    assert b"device_kernels" not in bytes(cpu.to_bytes())
+    assert ORIGINAL.sizes()["targets/cuda-sm_80/device_code"] == 777
+
+
+@pytest.mark.parametrize("kernels", [None, 5, "without their code"])
+def test_kernels_of_a_gpu_that_are_no_kernels_are_refused(kernels: Any) -> None:
+    manifest, members = ORIGINAL._manifest(), ORIGINAL._members()
+    manifest["targets"][2]["device_kernels"] = kernels
+    if isinstance(kernels, str):
+        del members["targets/cuda-sm_80/device_code"]
+    with pytest.raises(ArtifactError, match="not as the format says"):
+        Artifact.from_bytes(container.encode(manifest, members))
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 1001, 2999, 3000])
