@@ -5,6 +5,9 @@ On x86-64 Linux the flags of /proc/cpuinfo name what the processor has and the s
 capabilities in the auxiliary vector, AT_HWCAP and AT_HWCAP2 ("ARM64 ELF hwcaps" in the Linux kernel's
 documentation); that is right under an emulator too, where /proc/cpuinfo shows the host.
 
+A feature "sm_80" is a GPU of NVIDIA's of compute capability 8.0 or later. Its driver is asked, but only for code that
+needs one: starting it takes longer than all else.
+
 Part of every start of a deployed process: it imports as little as it can.
 """
 
@@ -23,6 +26,13 @@ _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 # Bit numbers of arch/arm64/include/uapi/asm/hwcap.h.
 _HWCAP = {"fp": 0, "asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20, "sve": 22}
 _HWCAP2 = {"sve2": 1, "i8mm": 13, "bf16": 14}
+_GPU = "sm_"  # how features of GPUs begin
+_DRIVER = "libcuda.so.1"
+_CUDA = (
+    13000  # the version of CUDA that TVM's runtime is built with, as the driver writes it: 1000 * major + 10 * minor
+)
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
 
 def _architecture() -> str:
@@ -83,8 +93,54 @@ def lacks(wanted_machine: str, features: Iterable[str]) -> str:
     name, found = machine()
     if name != wanted_machine:
         return f"is {name}, not {wanted_machine}"
-    missing = [feature for feature in features if feature not in found]
-    return f"lacks {', '.join(missing)}" if missing else ""
+    features = list(features)
+    missing = [feature for feature in features if feature not in found and not feature.startswith(_GPU)]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    return next(filter(None, (_gpu_lacks(feature) for feature in features if feature.startswith(_GPU))), "")
+
+
+def capability(feature: str) -> tuple[int, int] | None:
+    """The compute capability that a feature stands for: (8, 0) for "sm_80"; None where it is none of a GPU."""
+    number = feature.removeprefix(_GPU)
+    return (int(number[:-1]), int(number[-1])) if feature != number and number.isdecimal() and number[1:] else None
+
+
+def gpu() -> tuple[int, int] | None:
+    """The compute capability of the first GPU; None where there is none that code for GPUs can run on."""
+    found = _gpu()
+    return None if isinstance(found, str) else found
+
+
+def _gpu_lacks(feature: str) -> str:
+    found, wanted = _gpu(), capability(feature)
+    if isinstance(found, str):
+        return found
+    if wanted is None:
+        return f"lacks {feature}"
+    return "" if found >= wanted else f"has a GPU that is {_GPU}{found[0]}{found[1]}, not {feature} or later"
+
+
+@cache
+def _gpu() -> tuple[int, int] | str:
+    """The compute capability of the first GPU, or why there is none."""
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return f"has no NVIDIA driver ({_DRIVER} cannot be loaded)"
+    number = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(number))
+    if number.value < _CUDA:
+        old, needed = (f"{version // 1000}.{version % 1000 // 10}" for version in (number.value, _CUDA))
+        return f"has an NVIDIA driver for CUDA {old}, and needs one for CUDA {needed} or later"
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(number))
+    if status == _NO_DEVICE or not (status or number.value):
+        return "has no NVIDIA GPU"
+    found = []
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        status = status or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, 0)
+        found.append(number.value)
+    return f"has an NVIDIA driver that does not start (error {status} of CUDA)" if status else (found[0], found[1])
 
 
 def cores() -> int:
