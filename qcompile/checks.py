@@ -21,6 +21,19 @@ class Placed(Protocol):
     def path(self) -> tuple[str | int, ...]: ...
 
 
+class Shaped(Protocol):
+    """What of an array is checked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+
 def in_order(specs: Sequence[Placed], inputs: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
     """The inputs `specs` of a call: its arguments nest as the model's do, or are the inputs in order.
 
@@ -100,11 +113,15 @@ class InputChecker:
             InputError: names the input and says what was expected.
         """
         arrays = [x if isinstance(x, np.ndarray) else np.asarray(x) for x in inputs]
-        if not self._static or [(x.shape, x.dtype) for x in arrays] != self._expected:
-            self._check(arrays)
+        self.require(arrays)
         return arrays
 
-    def _check(self, arrays: Sequence[np.ndarray]) -> None:
+    def require(self, arrays: Sequence[Shaped]) -> None:
+        """Raises InputError as a call does."""
+        if not self._static or [(x.shape, x.dtype) for x in arrays] != self._expected:
+            self._check(arrays)
+
+    def _check(self, arrays: Sequence[Shaped]) -> None:
         if len(arrays) != len(self._specs):
             wanted = ", ".join(f"{spec.name}: {spec.text}" for spec in self._specs)
             raise InputError(
@@ -134,7 +151,7 @@ class InputChecker:
                     raise _wrong_shape(array, spec, f": {symbol} is {size} here and {known} in input {first!r}")
 
 
-def _wrong_shape(array: np.ndarray, spec: TensorSpec, detail: str) -> InputError:
+def _wrong_shape(array: Shaped, spec: TensorSpec, detail: str) -> InputError:
     return InputError(
         f"input {spec.name!r} has shape {array.shape}, and the model takes {spec.text}{detail}",
         where=f"input {spec.name}",

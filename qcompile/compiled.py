@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -82,6 +83,9 @@ class CompiledModel(Model):
 
         self._apply(run, inputs, named)
         return found[0]
+
+    def _on_gpu(self, torch_module: Any, inputs: Sequence[Any]) -> list[Any] | None:
+        return None if self._foreign else super()._on_gpu(torch_module, inputs)
 
     def flat(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Flat NumPy inputs to flat NumPy outputs.

@@ -26,7 +26,7 @@ os.environ["TVM_NUM_THREADS"] = os.environ.get("TVM_NUM_THREADS") or str(cores()
 # the cores busy for a third of a second after each call, and an ending process waiting for as long.
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
 
-_CPU, _POOLED_ALLOCATOR = 1, 2
+POOLED_ALLOCATOR = 2  # of memory::AllocatorType in TVM
 BIG_CORES = 1  # threading.AffinityMode in TVM: the fastest cores first
 _state = threading.local()  # the thread pool and its size belong to the calling thread
 _Result = TypeVar("_Result")
@@ -125,14 +125,13 @@ def set_threads(count: int | None) -> None:
 class Executable:
     """A loaded library with its constants bound. Not thread-safe: `qcompile.runtime.Model` holds a lock."""
 
-    def __init__(self, library: Buffer, constants: Iterable[np.ndarray]) -> None:
-        """`library`: the bytes of the shared object. `constants`: used where they lie, when aligned."""
-        try:
-            machine = ffi.call(ffi.member(_load(library), "vm_load_executable"))
-        except AttributeError as error:
-            raise DeviceError("the machine code is not a compiled model", remedy="compile the model again") from error
-        ffi.call(ffi.member(machine, "vm_initialization"), _CPU, 0, _POOLED_ALLOCATOR)
-        self._main = ffi.member(machine, "main")
+    on_gpu = None  # see `qcompile.gpu.GpuExecutable`
+
+    def __init__(self, library: Buffer, constants: Iterable[np.ndarray], threads: int | None = None) -> None:
+        """`library`: the bytes of the shared object. `constants`: used where they lie, when aligned. `threads`: as
+        `set_threads` takes it."""
+        self._threads = threads
+        self._main = main_of(load_module(library), ffi.CPU, 0, POOLED_ALLOCATOR)
         bound = [ffi.tensor(tensors.aligned(array)) for array in constants]
         self._constants = [ffi.array_of(bound)] if bound else []
         self._constant_addresses = {tensor.tensor.data for tensor in bound}
@@ -142,6 +141,7 @@ class Executable:
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run "main"; the outputs belong to the caller."""
+        set_threads(self._threads)
         shapes = [array.shape for array in inputs]
         if shapes != self._shapes:
             self._slots = [_Slot(array) for array in inputs]
@@ -180,7 +180,17 @@ class _Slot:
         return address
 
 
-def _load(library: Buffer) -> ffi.Object:
+def main_of(module: ffi.Object, *devices: int) -> ffi.Object:
+    """The function "main" of a loaded library; `devices`: (kind, number, allocator) of each that it uses."""
+    try:
+        machine = ffi.call(ffi.member(module, "vm_load_executable"))
+    except AttributeError as error:
+        raise DeviceError("the machine code is not a compiled model", remedy="compile the model again") from error
+    ffi.call(ffi.member(machine, "vm_initialization"), *devices)
+    return ffi.member(machine, "main")
+
+
+def load_module(library: Buffer) -> ffi.Object:
     """Load a shared object from memory, by way of a private file that is gone when this returns.
 
     (Not by a memfd: the dynamic linker knows libraries by path, and /proc/self/fd/7 comes again.)

@@ -29,14 +29,16 @@ from ctypes import (
 from functools import cache
 from importlib.machinery import PathFinder
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from qcompile.errors import DeviceError
 
+CPU, CUDA = 1, 2  # DLDeviceType
 _VERSION = (0, 1)
-_NONE, _INT, _BOOL, _TEXT, _FIRST_OBJECT, _TENSOR, _ARRAY = 0, 1, 2, 8, 64, 70, 71  # TVMFFITypeIndex
+_NONE, _INT, _BOOL, _DTYPE, _DEVICE, _TEXT, _BYTES = 0, 1, 2, 5, 6, 8, 9  # TVMFFITypeIndex
+_FIRST_OBJECT, _TENSOR, _ARRAY, _MODULE = 64, 70, 71, 73
 _CONTENTS = 24  # bytes from the beginning of an object
 _DTYPES = {  # DLDataType: its code and bits
     (code, bits): np.dtype(f"{letter}{bits // 8}")
@@ -48,6 +50,7 @@ _DTYPES = {  # DLDataType: its code and bits
     )
     for bits in widths
 }
+_CODES = {dtype: pair for pair, dtype in _DTYPES.items()}
 _REMEDY = "install apache-tvm and apache-tvm-ffi (the compiler library libtvm_compiler.so may be left out)"
 
 
@@ -85,6 +88,32 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+class _Field(ctypes.Structure):
+    """The beginning of TVMFFIFieldInfo."""
+
+    _fields_: ClassVar = [("name", _Text), ("texts", _Text * 2), ("numbers", c_int64 * 3), ("offset", c_int64)]
+
+
+class _Type(ctypes.Structure):
+    """TVMFFITypeInfo, as far as its fields."""
+
+    _fields_: ClassVar = [
+        ("numbers", c_int32 * 2),
+        ("key", _Text),
+        ("ancestors", c_void_p),
+        ("hash", c_uint64),
+        ("counts", c_int32 * 2),
+        ("fields", ctypes.POINTER(_Field)),
+    ]
+
+
+class Plain(NamedTuple):
+    """An argument that is no object: its type, and its eight bytes as a number."""
+
+    kind: int
+    bits: int
+
+
 @cache
 def load() -> Any:
     """The functions of libtvm_ffi.so, with TVM's runtime in the process.
@@ -92,17 +121,20 @@ def load() -> Any:
     Raises:
         DeviceError: either library is not installed, or is one we do not know.
     """
-    library = _open(_find("tvm_ffi", "libtvm_ffi.so"))
+    library = _open(find("tvm_ffi", "libtvm_ffi.so"))
     version = (c_uint32 * 3)()
     library.TVMFFIGetVersion(version)
     if tuple(version[:2]) != _VERSION:
         known = ".".join(map(str, _VERSION))
         raise DeviceError(f"tvm_ffi is version {'.'.join(map(str, version))}, not {known}", remedy=_REMEDY)
-    for path in (_find("tvm", "libtvm_runtime.so"), "libm.so.6"):  # what machine code calls: also expf and the like
+    for path in (find("tvm", "libtvm_runtime.so"), "libm.so.6"):  # what machine code calls: also expf and the like
         _open(path)
     library.TVMFFITensorFromDLPack.argtypes = c_void_p, c_int, c_int, c_void_p
     for counted in (library.TVMFFIObjectIncRef, library.TVMFFIObjectDecRef):
         counted.argtypes = (c_void_p,)
+    library.TVMFFITensorToDLPack.argtypes = c_void_p, c_void_p
+    library.TVMFFIEnvSetStream.argtypes = c_int, c_int, c_void_p, c_void_p
+    library.TVMFFIGetTypeInfo.restype = ctypes.POINTER(_Type)
     return library
 
 
@@ -113,7 +145,7 @@ def _open(path: str) -> Any:
         raise DeviceError(f"a library cannot be loaded: {error}", where=path, remedy=_REMEDY) from error
 
 
-def _find(package: str, file: str) -> str:
+def find(package: str, file: str) -> str:
     """The path of a library that an installed package brings; the package itself is not imported."""
     spec = PathFinder.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
@@ -149,13 +181,19 @@ class Object:
         return _Tensor.from_address(self.handle + _CONTENTS)
 
 
+def described(tensor: Object) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and the type of a tensor."""
+    found = tensor.tensor
+    return tuple(found.shape[: found.ndim]), _DTYPES[found.code, found.bits]
+
+
 class View:
     """How tensors like one given are seen as arrays. TVM's own are contiguous."""
 
     def __init__(self, like: Object) -> None:
-        tensor = like.tensor
-        self._shape, self._dtype = tuple(tensor.shape[: tensor.ndim]), _DTYPES[tensor.code, tensor.bits]
-        self._memory, self._offset = c_char * (prod(self._shape) * self._dtype.itemsize), tensor.offset
+        self._shape, self._dtype = described(like)
+        self._memory: Any = c_char * (prod(self._shape) * self._dtype.itemsize)
+        self._offset = like.tensor.offset
 
     def __call__(self, tensor: Object) -> tuple[int, np.ndarray]:
         """The address of its numbers, and they as an array that keeps them alive."""
@@ -186,7 +224,31 @@ def member(module: Object, name: str) -> Object:
     return found
 
 
-def call(called: Object, *arguments: Object | str | int) -> Any:
+def imports(module: Object) -> list[Object]:
+    """The modules that a module imports: no function gives them, so their place comes from what TVM says of itself."""
+    (field,) = load().TVMFFIGetTypeInfo(_MODULE).contents.fields[:1]
+    if ctypes.string_at(field.name.data, field.name.size) != b"imports_":
+        raise DeviceError("tvm_ffi lays out its modules in another way", remedy=_REMEDY)
+    handle = c_uint64.from_address(module.handle + field.offset).value
+    load().TVMFFIObjectIncRef(handle)
+    return Object(_ARRAY, handle).items()
+
+
+def device(kind: int, number: int) -> Plain:
+    """A DLDevice."""
+    return Plain(_DEVICE, kind | number << 32)
+
+
+def dtype_of(dtype: np.dtype) -> Plain:
+    """A DLDataType."""
+    code, bits = _CODES[dtype]
+    return Plain(_DTYPE, code | bits << 8 | 1 << 16)
+
+
+Argument = Object | Plain | str | bytes | int | None
+
+
+def call(called: Object, *arguments: Argument) -> Any:
     """The result of a function: an Object, a number or None. Raises RuntimeError as `Call` does."""
     return Call(called, *arguments)()
 
@@ -194,18 +256,30 @@ def call(called: Object, *arguments: Object | str | int) -> Any:
 class Call:
     """A function with its arguments, to be called any number of times."""
 
-    def __init__(self, called: Object, *arguments: Object | str | int) -> None:
-        self._alive = called, arguments, [a.encode() if isinstance(a, str) else b"" for a in arguments]
+    def __init__(self, called: Object, *arguments: Argument) -> None:
+        self._alive: list[Any] = [called, arguments]
         values, self._result = (_Value * len(arguments))(), _Value()
-        for value, argument, text in zip(values, arguments, self._alive[2], strict=True):
-            if isinstance(argument, Object):
-                value.kind, value.bits = argument.kind, argument.handle
-            elif isinstance(argument, str):
-                value.kind, value.bits = _TEXT, _address(text)
-            else:
-                value.kind, value.bits = _BOOL if isinstance(argument, bool) else _INT, argument
+        for value, argument in zip(values, arguments, strict=True):
+            value.kind, value.bits = self._plain(argument)
         self._call = load().TVMFFIFunctionCall
         self._parameters = c_void_p(called.handle), values, c_int(len(arguments)), byref(self._result)
+
+    def _plain(self, argument: Argument) -> tuple[int, int]:
+        if isinstance(argument, Object):
+            return argument.kind, argument.handle
+        if isinstance(argument, Plain):
+            return argument
+        if argument is None:
+            return _NONE, 0
+        if isinstance(argument, str):
+            text = argument.encode()
+            self._alive.append(text)
+            return _TEXT, _address(text)
+        if isinstance(argument, bytes):
+            whole = _Text(_address(argument), len(argument))
+            self._alive.append(whole)
+            return _BYTES, ctypes.addressof(whole)
+        return _BOOL if isinstance(argument, bool) else _INT, argument
 
     def __call__(self) -> Any:
         """The result: an Object, a number or None.
@@ -225,12 +299,29 @@ class Call:
 
 def tensor(array: np.ndarray) -> Object:
     """A tensor over the numbers of `array`, which it keeps alive. The array must be writable."""
-    capsule, handle = array.__dlpack__(), c_void_p()
+    return from_dlpack(array.__dlpack__())
+
+
+def from_dlpack(capsule: Any) -> Object:
+    """A tensor that is what a capsule of DLPack holds."""
+    handle = c_void_p()
     managed = _capsule_pointer(capsule, b"dltensor")
     _check(load().TVMFFITensorFromDLPack(managed, 0, 0, byref(handle)))
     _capsule_rename(capsule, b"used_dltensor")  # so the protocol says it is no longer the capsule's
     assert handle.value is not None
     return Object(_TENSOR, handle.value)
+
+
+def to_dlpack(tensor: Object) -> Any:
+    """The inverse of `from_dlpack`: a capsule, which whoever takes it must take at once."""
+    managed = c_void_p()
+    _check(load().TVMFFITensorToDLPack(tensor.handle, byref(managed)))
+    return _capsule_new(managed, b"dltensor", None)
+
+
+def set_stream(device: int, stream: int) -> None:
+    """The stream, a handle of CUDA's, on which the calling thread's next kernels run; 0: the default one."""
+    _check(load().TVMFFIEnvSetStream(CUDA, device, stream, None))
 
 
 def array_of(items: Iterable[Object]) -> Object:
@@ -244,6 +335,7 @@ def _address(text: bytes) -> int:
 
 _python = ctypes.pythonapi
 _capsule_pointer = ctypes.PYFUNCTYPE(c_void_p, ctypes.py_object, c_char_p)(("PyCapsule_GetPointer", _python))
+_capsule_new = ctypes.PYFUNCTYPE(ctypes.py_object, c_void_p, c_char_p, c_void_p)(("PyCapsule_New", _python))
 _capsule_rename = ctypes.PYFUNCTYPE(c_int, ctypes.py_object, c_char_p)(("PyCapsule_SetName", _python))
 
 

@@ -20,11 +20,13 @@ from qcompile import ffi
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
-from qcompile.errors import ArtifactError, DeviceError, InputError, QcompileError
+from qcompile.errors import ArtifactError, ConfigError, DeviceError, InputError, QcompileError
 from qcompile.executable import OWNER, Executable, check_threads, set_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from qcompile.gpu import GpuExecutable
 
 
 class Selftest(NamedTuple):
@@ -70,14 +72,12 @@ class Model:
 
         Raises:
             DeviceError: no variant fits this machine; it is checked before any code is loaded.
-            ConfigError: `threads` is not a positive number, or more than there are.
+            ConfigError: `threads` is not a positive number, or more than there are, or the machine code is for a GPU.
         """
         check_threads(threads)
         self.artifact, self._threads = artifact, threads
         self._variant = best_variant(artifact)
-        if threads is not None:  # else the first call makes the pool: a process may fork before it
-            OWNER.run(set_threads, threads)
-        self._run = Executable(self._variant.library, self._variant.constants.values())
+        self._run = _executable(self._variant, threads)
         self._check = InputChecker(artifact.inputs)
         self._lock = threading.Lock()
 
@@ -104,33 +104,52 @@ class Model:
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the model: NumPy arrays in and out, or torch tensors in and out.
 
+        A model for a GPU takes torch tensors on the GPU where they lie, on torch's current stream, and so are its
+        outputs; it does not wait for them.
+
         Inputs are given by position or by name and nest as the model's own do, or are all given flat, in the order
         of `inputs`. Outputs nest as the model's own do, and are the caller's to keep and to change.
 
         Raises:
             InputError: count, shape or dtype do not fit. (Values may be anything, NaN included.)
         """
-        return self._apply(self.flat, inputs, named)
+        return self._apply(self.flat, inputs, named, self._on_gpu)
 
-    def _apply(self, run: Callable[..., list[np.ndarray]], inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """`run`, which takes and returns flat arrays, on inputs as the user gives them."""
+    def _apply(
+        self,
+        run: Callable[..., list[np.ndarray]],
+        inputs: Sequence[Any],
+        named: Mapping[str, Any],
+        on_gpu: Callable[..., list[Any] | None] | None = None,
+    ) -> Any:
+        """`run`, which takes and returns flat arrays, on inputs as the user gives them; `on_gpu` on tensors there."""
         inputs = in_order(self.artifact.inputs, inputs, named)
         torch = sys.modules.get("torch")
-        from_torch = torch is not None and any(isinstance(x, torch.Tensor) for x in inputs)
-        arrays = _from_torch(torch, inputs) if from_torch else inputs
-        flat = run(*arrays)
-        results = [torch.from_numpy(array) for array in flat] if torch is not None and from_torch else flat
+        if torch is None or not any(isinstance(x, torch.Tensor) for x in inputs):
+            return _nest(self.artifact.output_structure, run(*inputs))
+        results = on_gpu(torch, inputs) if on_gpu is not None else None
+        if results is None:
+            results = [torch.from_numpy(array) for array in run(*_from_torch(torch, inputs))]
         return _nest(self.artifact.output_structure, results)
 
     def flat(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Run the model: flat NumPy inputs to flat NumPy outputs. Raises InputError as a call does."""
         arrays = self._check(inputs)
         with self._lock:
-            return OWNER.run(self._call, arrays)
+            return OWNER.run(self._run, arrays)
 
-    def _call(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        set_threads(self._threads)
-        return self._run(arrays)
+    def _on_gpu(self, torch_module: Any, inputs: Sequence[Any]) -> list[Any] | None:
+        """The outputs for torch tensors on the GPU; None where the inputs, or the model, are not there."""
+        on_gpu = self._run.on_gpu
+        if on_gpu is None:
+            return None
+        from qcompile.gpu import is_on_gpu, run_on_gpu
+
+        def run(tensors: Sequence[ffi.Object], stream: int) -> list[tuple[ffi.Object, bool]]:
+            with self._lock:
+                return OWNER.run(on_gpu, tensors, stream)
+
+        return run_on_gpu(torch_module, inputs, self._check, run) if is_on_gpu(torch_module, inputs) else None
 
     def selftest(self) -> Selftest:
         """Replay the golden vectors: every bit must match (within the tolerance, where floats remain)."""
@@ -196,6 +215,24 @@ def best_variant(artifact: Artifact) -> Variant:
             remedy="compile the model for a target that this machine has (`qcompile targets` lists them)",
         )
     return max(runnable, key=lambda variant: variant.rank)
+
+
+def _executable(variant: Variant, threads: int | None) -> Executable | GpuExecutable:
+    """What runs the machine code of a variant."""
+    if not variant.device_code:
+        if threads is not None:  # else the first call makes the pool: a process may fork before it
+            OWNER.run(set_threads, threads)
+        return Executable(variant.library, variant.constants.values(), threads)
+    if threads is not None:
+        raise ConfigError(
+            f"threads is {threads!r}, and {variant.name} is a GPU, which has no threads to choose",
+            where="threads",
+            remedy="leave threads out for a model that runs on a GPU",
+        )
+    from qcompile.gpu import GpuExecutable  # by now the driver is there
+
+    arguments = variant.library, variant.constants.values(), variant.device_code, variant.device_kernels
+    return OWNER.run(GpuExecutable, *arguments)
 
 
 def _from_torch(torch: Any, inputs: Sequence[Any]) -> list[Any]:
