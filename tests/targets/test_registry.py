@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import tvm
 from execution import TARGETS
 from tvm.target.codegen import llvm_get_cpu_features
 
+from qcompile import device
 from qcompile.errors import DeviceError, TargetError
 from qcompile.targets import Target, get, names, registry
 
@@ -59,6 +62,42 @@ def test_a_machine_that_fits_no_target_is_told_so(
     monkeypatch.setattr(registry, "machine", lambda: (machine, frozenset(features)))
     with pytest.raises(DeviceError, match=f"no target fits this machine .{machine}"):
         get("native")
+
+
+GPUS = {
+    f"cuda-sm_{number}": replace(get("x86-avx2"), name=f"cuda-sm_{number}", features=(f"sm_{number}",), rank=number)
+    for number in (75, 80, 90)
+}
+
+
+@pytest.fixture
+def _gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_table", lambda: GPUS)
+    monkeypatch.setattr(device, "machine", lambda: ("x86_64", frozenset[str]()))
+
+
+@pytest.mark.parametrize(("gpu", "best"), [((7, 5), 75), ((8, 9), 80), ((12, 0), 90)])
+@pytest.mark.usefixtures("_gpus")
+def test_cuda_is_the_best_that_the_gpu_can_run(
+    gpu: tuple[int, int], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_gpu", lambda: gpu)
+    assert get("cuda").name == f"cuda-sm_{best}"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        ((7, 0), "this machine has a GPU that is sm_70, not sm_75 or later"),
+        ("has no NVIDIA GPU", "this machine has no NVIDIA GPU"),
+    ],
+)
+@pytest.mark.usefixtures("_gpus")
+def test_without_a_gpu_that_fits_the_reason_is_said(gpu: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_gpu", lambda: gpu)
+    with pytest.raises(DeviceError, match=reason) as caught:
+        get("cuda")
+    assert "cuda-sm_75, cuda-sm_80, cuda-sm_90" in str(caught.value)
 
 
 def test_a_wrong_name_lists_the_right_ones() -> None:
