@@ -68,8 +68,13 @@ class CompiledModel(Model):
             A `Profile`: prints as a table, and `.plot(path)` draws it.
 
         Raises:
-            InputError: the inputs do not fit. DeviceError: the model was compiled for another machine.
+            InputError: the inputs do not fit. DeviceError: the model was compiled for another machine, or for a GPU.
         """
+        if self._variant.device_code:
+            raise DeviceError(
+                f"profile() times the kernels of a processor, and {self.target} is a GPU",
+                remedy="profile the GPU with NVIDIA's tools (nsys), or compile the model for 'native'",
+            )
         found: list[Profile] = []
 
         def run(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -62,7 +62,7 @@ class _Input(NamedTuple):
     nbytes: int
 
     def fill(self, array: np.ndarray) -> None:
-        """Copy from `array`, which may change as soon as this returns."""
+        """Copy from `array`, which must not change before the stream has done it."""
         array = np.ascontiguousarray(array)
         _copy(self.address, array.ctypes.data, self.nbytes, cuda.TO_DEVICE)
 

@@ -28,6 +28,11 @@ RNG = np.random.default_rng(0)
 
 def _artifact(seed: int = 0) -> Artifact:
     rng = np.random.default_rng(seed)
+    targets: list[tuple[Any, ...]] = [
+        ("x86-avx2", "x86_64", ("avx2", "fma")),
+        ("arm64-neon", "aarch64", ("asimd",)),
+        ("cuda-sm_80", "x86_64", ("sm_80",), rng.bytes(777), '{"func_info": {}}'),
+    ]
     return Artifact(
         inputs=(TensorSpec("x", (("batch", 1, 8), 3), "float32", scale=0.25, zero_point=-4),),
         outputs=(TensorSpec("y", (("batch", 1, 8),), "int64"),),
@@ -47,13 +52,7 @@ def _artifact(seed: int = 0) -> Artifact:
                 },
                 *device,
             )
-            for rank, (name, machine, features, *device) in enumerate(
-                [
-                    ("x86-avx2", "x86_64", ("avx2", "fma")),
-                    ("arm64-neon", "aarch64", ("asimd",)),
-                    ("cuda-sm_80", "x86_64", ("sm_80",), rng.bytes(777), '{"func_info": {}}'),
-                ]
-            )
+            for rank, (name, machine, features, *device) in enumerate(targets)
         ),
         coverage=(CoverageRow("aten.linear.default", "linear", "float", "topi", "not quantized: no reason", "head"),),
         passes=(PassRow("canonicalize", True, 9, 7),),
