@@ -75,6 +75,7 @@ def check(status: int, doing: str) -> None:
 
 def failed(reason: object) -> DeviceError:
     """The error of a GPU that could not do what it was to do."""
+    load().cudaGetLastError()  # it is said here: whoever uses CUDA next must not find it and take it for its own
     return DeviceError(
         f"the GPU failed: {reason}",
         remedy="if its memory is full, free some or give smaller batches; after another failure start the process anew",

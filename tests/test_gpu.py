@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompile import device
+from qcompile import cuda, device
 
 _DRIVER = """
 static int version = {version}, count = {count}, initialized = {initialized}, major = {major}, minor = {minor};
@@ -95,3 +95,14 @@ def test_code_for_a_processor_does_not_start_the_driver(tmp_path: Path) -> None:
 
     assert run("avx9000") == 0
     assert run("sm_75") < 0
+
+
+def test_cudas_library_is_found_in_nvidias_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no __init__.py, and several may share a folder."""
+    for place in ("one/nvidia/cublas/lib", "two/nvidia/cu13/lib"):
+        (tmp_path / place).mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path / place.split("/")[0])
+    assert str(tmp_path) not in "".join(cuda._installed())
+    library = tmp_path / "two/nvidia/cu13/lib/libcudart.so.13"
+    library.touch()
+    assert str(library) in list(cuda._installed())
