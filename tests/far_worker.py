@@ -1,4 +1,4 @@
-"""The far side of `arm.ArmMachine`: a process that loads artifacts and runs them on what it is sent.
+"""The far side of `far.FarMachine`: a process that loads artifacts and runs them on what it is sent.
 
 A message is a line of text and a list of arrays: two lengths (8 bytes each), the text, the arrays as
 safetensors. Requests: "load PATH", "run PATH", "selftest PATH" (of the last one loaded). Answers:
