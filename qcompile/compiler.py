@@ -15,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from qcompile import metrics, mixed, numbers
-from qcompile.artifact import Artifact, PassRow, Variant
+from qcompile.artifact import Artifact, PassRow
 from qcompile.compiled import CompiledModel
 from qcompile.config import QuantConfig
 from qcompile.coverage import coverage_rows, refuse_float
@@ -118,13 +118,12 @@ def compile_program(
     chosen = best_known(program, target, tuning, threads, progress)
     steps = iter(range(1, 4))
     built = build(program, target, None if progress is None else lambda step: progress(step, next(steps), 3), chosen)
-    variant = Variant(target.name, target.machine, target.features, target.rank, built.library, built.constants)
     coverage = coverage_rows(program, built.kernels)
     artifact = Artifact(
         inputs=input_specs(program),
         outputs=output_specs(program),
         output_structure=program.output_structure,
-        variants=(variant,),
+        variants=(built.variant(target),),
         coverage=coverage,
         passes=tuple(PassRow(r.name, r.changed, r.nodes_before, r.nodes_after) for r in quantized.passes),
         toolchain={name: version(name) for name in ("qcompile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")},

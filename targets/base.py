@@ -181,6 +181,11 @@ class InstructionSet:
         """stored value - int8 value."""
         return 128 if self.storage == "uint8" else 0
 
+    @property
+    def whole_words(self) -> bool:
+        """Whether its kernels read four bytes of a pixel at once, so that every pixel takes a multiple of them."""
+        return self.matrix is not None
+
     def dot_for(self, weight: np.ndarray) -> DotProduct:
         """The fastest dot product that is exact for `weight` (..., channels, 4)."""
         return next(dot for dot in self.dots if dot.exact_for(weight))

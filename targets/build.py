@@ -14,13 +14,16 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from qcompile.artifact import Variant
 from qcompile.errors import BuildError
 from qcompile.ir import Program, source, where
 from qcompile.sites import is_computed
 from qcompile.targets.base import Target
 from qcompile.targets.blame import culprit
-from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.cuda import compile as cuda
+from qcompile.targets.emitters import emitters_for
 from qcompile.targets.lower import lower
+from qcompile.targets.nvidia import Gpu
 from qcompile.targets.pipeline import NAME
 from qcompile.targets.workload import Chosen
 
@@ -35,6 +38,7 @@ _PASSES = (
     relax.transform.RemovePurityChecking(),
     relax.transform.CallTIRRewrite(),
     relax.transform.StaticPlanBlockMemory(),
+    relax.transform.RewriteCUDAGraph(),  # of a GPU's kernels all but the first and last are launched as one
     relax.transform.LowerAllocTensor(),
     relax.transform.KillAfterLastUse(),
     relax.transform.LowerRuntimeBuiltin(),
@@ -52,11 +56,27 @@ class Built:
         library: a shared object: a Relax VM executable with the function main(*inputs, constants).
         constants: the tensors of `constants`, in order.
         kernels: which kernel computes which node of the integer graph.
+        device_code, device_kernels: what runs on a GPU, and what TVM must know to launch it; empty for a CPU.
     """
 
     library: bytes
     constants: dict[str, np.ndarray]
     kernels: dict[str, str]
+    device_code: bytes = b""
+    device_kernels: str = ""
+
+    def variant(self, target: Target) -> Variant:
+        """What an artifact holds of it."""
+        return Variant(
+            target.name,
+            target.machine,
+            target.features,
+            target.rank,
+            self.library,
+            self.constants,
+            self.device_code,
+            self.device_kernels,
+        )
 
 
 def linker(target: Target) -> str:
@@ -84,8 +104,10 @@ def build(program: Program, target: Target, progress: Progress | None = None, ch
     """
     say = progress or (lambda step: None)
     command = linker(target)
+    if isinstance(target.isa, Gpu):
+        cuda.compiler(target.isa)  # that there is one is found before any work
     say("lowering")
-    lowered = lower(program, target, EMITTERS, chosen)
+    lowered = lower(program, target, emitters_for(target), chosen)
     say("compiling")
     try:
         executable = compile_module(lowered.module, target.tvm)
@@ -96,7 +118,11 @@ def build(program: Program, target: Target, progress: Progress | None = None, ch
         path = Path(folder) / "model.so"
         link(executable, path, command)
         library = path.read_bytes()
-    return Built(library, lowered.constants, lowered.kernels)
+    if not isinstance(target.isa, Gpu):
+        return Built(library, lowered.constants, lowered.kernels)
+    say("compiling for the GPU")
+    code = cuda.compiled(lowered.entries, target.isa)
+    return Built(library, lowered.constants, lowered.kernels, code, cuda.information_of(lowered.entries))
 
 
 def compile_module(
@@ -106,12 +132,13 @@ def compile_module(
     first = () if keep_unused else (relax.transform.DeadCodeElimination(["main"]),)
     pipeline = tvm.transform.Sequential([*first, *_PASSES])
     target = tvm.target.Target(tvm_target)
-    return relax.build(module, target, relax_pipeline=pipeline, tir_pipeline=NAME, exec_mode=exec_mode)
+    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": target.kind.name == "cuda"}):
+        return relax.build(module, target, relax_pipeline=pipeline, tir_pipeline=NAME, exec_mode=exec_mode)
 
 
 def _not_built(program: Program, target: Target, error: Exception) -> BuildError:
     """What TVM failed with, and at which operator."""
-    found = culprit(program, lambda part: compile_module(lower(part, target, EMITTERS).module, target.tvm))
+    found = culprit(program, lambda part: compile_module(lower(part, target, emitters_for(target)).module, target.tvm))
     if found is None:
         return BuildError(
             f"TVM could not build the model for {target.name}: {error}",

@@ -12,7 +12,7 @@ from torch import fx
 from qcompile.ir import shape_of
 from qcompile.ops import Row
 from qcompile.targets.base import Target
-from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.emitters import emitters_for
 
 q, aten = torch.ops.qcompile, torch.ops.aten
 _WHOLE_IMAGE = frozenset({"avg_pool2d", "adaptive_avg_pool2d"})
@@ -27,7 +27,7 @@ def objection(target: Target) -> Callable[[Row, fx.Node], str | None]:
 
     def object_to(row: Row, node: fx.Node) -> str | None:
         op = row.reference if row.schema is None else row.op
-        if op not in EMITTERS:
+        if op not in emitters_for(target):
             return f"{target.name} has no kernel for {row.name}"
         (x, *_) = row.operands(node)
         shape = shape_of(x)

@@ -13,12 +13,14 @@ from torch import fx
 from tvm import tirx
 
 from qcompile.ops.pool import adaptive_windows, window_counts
+from qcompile.targets.base import Target
 from qcompile.targets.cpu.emitters_linear import FLOAT_LINEAR
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.float_emitters import FLOAT_EMITTERS
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout, align, dense
 from qcompile.targets.lower import Lowering, Value
+from qcompile.targets.nvidia import Gpu
 from qcompile.targets.plan import PITCH, padding_of, takes_tight
 from qcompile.targets.real_lower import define_real, layout_of
 from qcompile.targets.real_plan import PlannedReal
@@ -341,14 +343,12 @@ def _pad(low: Lowering, node: fx.Node) -> None:
     low.gather(node, x, take, tuple(before), int(value))
 
 
-EMITTERS: dict[Any, Emitter] = {
-    **FLOAT_EMITTERS,
+_INTEGER: dict[Any, Emitter] = {
     q.quantize.default: _quantize,
     q.dequantize.default: _dequantize,
     q.conv2d.default: _convolution,
     q.conv1d.default: _convolution,
     q.linear.default: _linear,
-    **FLOAT_LINEAR,
     q.add.default: _add,
     q.mul.default: _mul,
     q.lookup.default: _lookup,
@@ -378,3 +378,10 @@ EMITTERS: dict[Any, Emitter] = {
         _view,
     ),
 }
+
+_WITH_FLOAT = {**_INTEGER, **FLOAT_EMITTERS, **FLOAT_LINEAR}
+
+
+def emitters_for(target: Target) -> dict[Any, Emitter]:
+    """The emitter of each operator that `target` has kernels for."""
+    return _INTEGER if isinstance(target.isa, Gpu) else _WITH_FLOAT

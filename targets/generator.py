@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qcompile.targets.base import InstructionSet
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel
 
@@ -19,11 +18,13 @@ class Generator:
         name: in the tuning database.
         configs: (shape, filters, isa) -> every config it may be given, the most promising first.
         kernel: (shape, filters, numbers, isa, symbols, config) -> the kernel; without a config, the first.
+        instruction: (shape, filters, isa) -> what it multiplies with.
     """
 
     name: str
-    configs: Callable[[ConvShape, Filters, InstructionSet], list[Any]]
+    configs: Callable[[ConvShape, Filters, Any], list[Any]]
     kernel: Callable[..., Kernel]
+    instruction: Callable[[ConvShape, Filters, Any], str]
 
 
 def tile_name(rows: int, channels: int, channels_outer: bool) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from qcompile.targets.base import InstructionSet
-from qcompile.targets.cpu import copy, elementwise, pool
-from qcompile.targets.cpu.choose import generator_for
+from qcompile.targets.cpu import choose, copy, elementwise, pool
+from qcompile.targets.cuda import convolution, move
+from qcompile.targets.cuda import elementwise as cuda
 from qcompile.targets.filters import ConvShape
 from qcompile.targets.function import Kernel
 from qcompile.targets.generator import Generator
+from qcompile.targets.nvidia import Gpu
 
 Make = Callable[..., Kernel]  # its last arguments: the instructions, the dynamic dimensions
 
@@ -24,7 +27,7 @@ class Kernels:
         copied: (shape, dtype) -> the kernel y = x of a dense tensor.
     """
 
-    generator_for: Callable[[ConvShape, InstructionSet], Generator]
+    generator_for: Callable[[ConvShape, Any], Generator]
     add: Make
     mul: Make
     lookup: Make
@@ -38,7 +41,7 @@ class Kernels:
 
 
 CPU = Kernels(
-    generator_for,
+    choose.generator_for,
     elementwise.add,
     elementwise.mul,
     elementwise.lookup,
@@ -52,6 +55,21 @@ CPU = Kernels(
 )
 
 
+CUDA = Kernels(
+    convolution.generator_for,
+    cuda.add,
+    cuda.mul,
+    cuda.lookup,
+    move.cat,
+    cuda.max_pool,
+    cuda.average_pool,
+    move.quantize,
+    move.dequantize,
+    move.gather,
+    move.copied,
+)
+
+
 def kernels_for(isa: InstructionSet) -> Kernels:
     """The kernels of processors with these instructions."""
-    return CPU
+    return CUDA if isinstance(isa, Gpu) else CPU

@@ -24,12 +24,14 @@ from qcompile.ops.real import OPS
 from qcompile.targets.base import Target
 from qcompile.targets.constants import POOLS, Pool
 from qcompile.targets.cpu.epilogue import Requantize
+from qcompile.targets.cuda.launch import Entry
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.float_ops import FloatOps
 from qcompile.targets.function import Kernel
 from qcompile.targets.generator import Generator
 from qcompile.targets.kernels import Kernels, kernels_for
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, innermost, product, relabel
+from qcompile.targets.nvidia import Gpu
 from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
 from qcompile.targets.real_lower import real_tensor
 from qcompile.targets.real_plan import PlannedReal, plan_real
@@ -55,7 +57,8 @@ class Lowered:
     """What `build` needs: the module, its constants in order, and which kernel computes which node.
 
     `calls`: (node, function of the module) of every kernel call, in order; a node may need several.
-    `workloads`: the kernels that can be tuned, layers of one shape once.
+    `workloads`: the kernels that can be tuned, layers of one shape once. `entries`: of the device code that they call,
+    on a GPU.
     """
 
     module: tvm.IRModule
@@ -63,9 +66,15 @@ class Lowered:
     kernels: dict[str, str]
     calls: list[tuple[str, str]]
     workloads: list[Workload]
+    entries: list[Entry]
 
 
 _FIXED_SHAPES = "compute with masks (torch.where) in place of selecting, so that every shape follows from the inputs'"
+
+
+_ALL_INTEGER = (
+    "the ledger of the same model compiled for a CPU says why it stays float; or keep it outside of the model"
+)
 
 
 @dataclass
@@ -87,6 +96,7 @@ class Lowering:
     copies: dict[Any, Value] = field(default_factory=dict)
     chosen: Chosen = field(default_factory=dict)
     workloads: dict[tuple[str, str], Workload] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
 
     @property
     def kernels(self) -> Kernels:
@@ -147,6 +157,7 @@ class Lowering:
         """Call `kernel` on the flat buffers of `inputs`; the result has `layout`, or is dense float."""
         function = self.builder.add_func(kernel.func, kernel.name)
         self.calls.append((node.name, str(function.name_hint)))
+        self.entries |= {entry.name: entry for entry in kernel.entries}
         starts = [self.pools[str(c.dtype)].add(c) for c in kernel.constants]
         size = layout.size if layout else product(self.shape(node))
         args = [
@@ -319,15 +330,17 @@ def lower(
     for node in nodes:
         if is_tensor(node):
             low.shapes[node] = tuple(low.dim(s, node) for s in node.meta["val"].shape)
-    low.planned = plan(program.graph, low.shapes, whole_words=target.isa.matrix is not None)
+    low.planned = plan(program.graph, low.shapes, whole_words=target.isa.whole_words)
     low.planned_real = plan_real(program.graph, low.shapes, target.isa.lanes)
     inputs = [
         relax.Var(n.name, relax.TensorType(low.shape(n), str(n.meta["val"].dtype).removeprefix("torch.")))
         for n in program.placeholders()
     ]
-    tables = relax.Var("constants", relax.TupleType([relax.TensorType(dtype=d, ndim=1) for d in POOLS]))
+    sizes = {dtype: tirx.Var(f"{dtype}_constants", "int64") for dtype in POOLS}
+    tables = relax.Var("constants", relax.TupleType([relax.TensorType((size,), d) for d, size in sizes.items()]))
     float_ops = FloatOps(low)
-    with low.builder.function("main", [*inputs, tables]):
+    # What follows them is the same in every call, so that a graph of launches may refer to it.
+    with low.builder.function("main", [*inputs, tables], {"num_input": len(inputs)}):
         with low.builder.dataflow():
             for i, dtype in enumerate(POOLS):
                 low.tables[dtype] = low.builder.emit(relax.TupleGetItem(tables, i))
@@ -340,13 +353,17 @@ def lower(
                     emitters[node.target](low, node)
                 elif is_int8(node):
                     raise low.error(node, "no kernel for this operator")
+                elif isinstance(target.isa, Gpu) and is_tensor(node):
+                    raise low.error(node, "it stays float, and GPUs have no float kernels here", _ALL_INTEGER)
                 elif not isinstance(node.meta.get("val"), (torch.SymInt, int)):
                     low.define_float(node, float_ops.emit(node))
             outputs = [_output(low, n) for n in program.outputs()]
             result = low.builder.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
         low.builder.emit_func_output(result)
     constants = {dtype: low.pools[dtype].data() for dtype in POOLS}
-    return Lowered(low.builder.get(), constants, low.names, low.calls, list(low.workloads.values()))
+    known = {sizes[dtype]: constants[dtype].size for dtype in POOLS}
+    module = relax.transform.BindSymbolicVars(known, "main")(low.builder.get())
+    return Lowered(module, constants, low.names, low.calls, list(low.workloads.values()), list(low.entries.values()))
 
 
 def _input(low: Lowering, node: fx.Node, var: relax.Var) -> None:

@@ -14,7 +14,7 @@ from tvm import relax
 from qcompile.ir import Program
 from qcompile.targets.base import Target
 from qcompile.targets.build import compile_module
-from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.emitters import emitters_for
 from qcompile.targets.lower import Lowered, lower
 from qcompile.targets.workload import Chosen
 
@@ -29,7 +29,7 @@ class Profiler:
     """
 
     def __init__(self, program: Program, target: Target, chosen: Chosen) -> None:
-        self._lowered: Lowered = lower(program, target, EMITTERS, chosen)
+        self._lowered: Lowered = lower(program, target, emitters_for(target), chosen)
         executable = compile_module(self._lowered.module, target.tvm, "bytecode")
         self.kernels = self._lowered.kernels  # of each node, the one that computes it; others copy its operands
         self._machine = relax.VirtualMachine(executable, tvm.cpu())

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from qcompile.device import capability, lacks, machine
 from qcompile.errors import DeviceError, TargetError
-from qcompile.targets import arm, x86
+from qcompile.targets import arm, nvidia, x86
 from qcompile.targets.base import Target
 
 ENTRY_POINTS = "qcompile.targets"
@@ -43,7 +43,7 @@ def _table() -> dict[str, Target]:
         TargetError: two share a name, or one that an installed distribution registers cannot be loaded.
     """
     table: dict[str, Target] = {}
-    found = [*x86.TARGETS, *arm.TARGETS, *map(_registered, entry_points(group=ENTRY_POINTS))]
+    found = [*x86.TARGETS, *arm.TARGETS, *nvidia.TARGETS, *map(_registered, entry_points(group=ENTRY_POINTS))]
     for target in found:
         if target.name in table or target.name in ("native", GPU):
             raise TargetError(

@@ -30,7 +30,7 @@ from qcompile.ir import Program, source, where
 from qcompile.targets.base import Target
 from qcompile.targets.build import linker
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, nearest, toolchain
-from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.emitters import emitters_for
 from qcompile.targets.function import Kernel
 from qcompile.targets.lower import lower
 from qcompile.targets.measure import TIMEOUT, Candidate, Race, Remote, answers, build_candidate, pool_of, run_race
@@ -127,7 +127,7 @@ def tune(
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder, Workers(cores(), TIMEOUT) as workers:
         threads = _threads(threads, remote, workers)
         known = database.chosen(target, threads, exactly=True)
-        unknown = [w for w in lower(program, target, EMITTERS).workloads if not w.settled(known)]
+        unknown = [w for w in lower(program, target, emitters_for(target)).workloads if not w.settled(known)]
         failures = 0
         tuner = Tuner(program, target, threads, remote, workers, Path(folder))
         for done, workload in enumerate(unknown):

@@ -11,7 +11,6 @@ from torch import fx
 from tvm import tirx
 
 from qcompile.targets.base import InstructionSet
-from qcompile.targets.cpu.conv import dot_of
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel
@@ -44,8 +43,8 @@ class Workload:
     @cached_property  # it looks at every weight
     def key(self) -> tuple[str, str]:
         """(operator, shape): all that the speed of a config depends on, and nothing else."""
-        dot = dot_of(self.shape, self.filters, self.isa)
-        return self.generator.name, describe(self.shape.flat(), dot.name, self.symbols)
+        instruction = self.generator.instruction(self.shape, self.filters, self.isa)
+        return self.generator.name, describe(self.shape.flat(), instruction, self.symbols)
 
     def configs(self) -> list[Any]:
         return self.generator.configs(self.shape, self.filters, self.isa)

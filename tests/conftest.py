@@ -10,6 +10,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import arm
+import gpu_machine
 import pytest
 
 
@@ -23,4 +24,13 @@ def arm_machine() -> Iterator[arm.ArmMachine]:
         refuse = pytest.fail if os.environ.get("QCOMPILE_REQUIRE_ARM") else pytest.skip
         refuse(f"ARM code cannot run here: {reason}")
     with arm.ArmMachine() as machine:
+        yield machine
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Iterator[gpu_machine.GpuMachine]:
+    """A GPU, emulated or real, or a skip that says why there is none."""
+    if reason := gpu_machine.unavailable():
+        pytest.skip(f"code for GPUs cannot run here: {reason}")
+    with gpu_machine.GpuMachine() as machine:
         yield machine

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from arm import ArmMachine
+from gpu_machine import GpuMachine, compiling
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from qcompile.artifact import Artifact, TensorSpec, Variant
+from qcompile.artifact import Artifact, TensorSpec
 from qcompile.device import lacks
 from qcompile.ir import InputSpec, Program, Stage, add_constant, propagate
 from qcompile.ops import Act, Row, Sample
@@ -27,9 +28,11 @@ from qcompile.runtime import Model
 from qcompile.specs import output_specs
 from qcompile.targets import Target, get, names
 from qcompile.targets.build import build
+from qcompile.targets.nvidia import Gpu
 
 TARGETS = tuple(name for name in names() if name != "native")
-X86 = tuple(name for name in TARGETS if get(name).machine == "x86_64")
+CUDA = tuple(name for name in TARGETS if isinstance(get(name).isa, Gpu))
+X86 = tuple(name for name in TARGETS if get(name).machine == "x86_64" and name not in CUDA)
 ARM = tuple(name for name in TARGETS if get(name).machine == "aarch64")
 
 
@@ -93,8 +96,9 @@ def operator(row: Row) -> Any:
 
 def artifact_of(program: Program, target: Target) -> Artifact:
     """`program`, compiled for `target`."""
-    built = build(program, target)
-    variant = Variant(target.name, target.machine, target.features, target.rank, built.library, built.constants)
+    with compiling():
+        built = build(program, target)
+    variant = built.variant(target)
     return Artifact(
         inputs=tuple(TensorSpec(spec.name, spec.shape, spec.dtype) for spec in program.inputs),
         outputs=output_specs(program),
@@ -115,6 +119,9 @@ def run_on(
     if variant.machine == "aarch64":
         machine: ArmMachine = request.getfixturevalue("arm_machine")
         return machine.run_all(artifact, arrays)
+    if variant.name in CUDA:
+        gpu: GpuMachine = request.getfixturevalue("gpu")
+        return gpu.run_all(artifact, arrays)
     skip_unless_runnable(variant.name)
     model = Model(artifact)
     return [model.flat(*case) for case in arrays]
@@ -123,7 +130,7 @@ def run_on(
 def skip_unless_runnable(name: str) -> None:
     """Skip an x86 target whose instructions this machine lacks."""
     target = get(name)
-    if target.machine == "x86_64" and (reason := lacks(target.machine, target.features)):
+    if name in X86 and (reason := lacks(target.machine, target.features)):
         pytest.skip(f"{name}: this machine {reason}")
 
 

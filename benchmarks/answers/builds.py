@@ -24,7 +24,7 @@ from benchmarks.models import multiply_accumulates
 from qcompile.capture import capture
 from qcompile.evaluation.timing import file_size
 from qcompile.targets import get
-from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.emitters import emitters_for
 from qcompile.targets.lower import lower
 
 ORIGINAL, FLOAT32, BFLOAT16 = "original", "float32", "bfloat16"
@@ -138,7 +138,7 @@ def _written(
 
 def kernels(model: qcompile.CompiledModel) -> int:
     """How many a call runs: those of the lowered network whose results are read."""
-    lowered = lower(model.program, get("native"), EMITTERS)
+    lowered = lower(model.program, get("native"), emitters_for(get("native")))
     main = relax.transform.DeadCodeElimination(["main"])(lowered.module)["main"]
     bindings = [binding for block in main.body.blocks for binding in block.bindings]
     calls = [binding.value for binding in bindings if isinstance(binding.value, relax.Call)]

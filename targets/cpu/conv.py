@@ -134,6 +134,11 @@ def dot_of(shape: ConvShape, filters: Filters, isa: InstructionSet) -> DotProduc
     return isa.dot_for(taps.reshape(*taps.shape[:3], -1, 4))
 
 
+def dot_name(shape: ConvShape, filters: Filters, isa: InstructionSet) -> str:
+    """What these weights are multiplied with."""
+    return dot_of(shape, filters, isa).name
+
+
 def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[ConvConfig]:
     """Every tile for these filters, the most promising first."""
     steps = int(np.prod(shape.kernel)) // shape.joined * channel_ranges(shape, isa.lanes)[1]
@@ -229,4 +234,4 @@ def _build(
     return done.result
 
 
-CONV = Generator("conv", configs, conv)
+CONV = Generator("conv", configs, conv, dot_name)

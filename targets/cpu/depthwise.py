@@ -17,6 +17,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cpu import epilogue
+from qcompile.targets.cpu.conv import dot_name
 from qcompile.targets.cpu.emit import load, parallel, widen
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel, function
@@ -123,4 +124,4 @@ def _build(
     return done.result
 
 
-DEPTHWISE = Generator("depthwise", configs, depthwise)
+DEPTHWISE = Generator("depthwise", configs, depthwise, dot_name)

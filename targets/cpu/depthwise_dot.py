@@ -24,6 +24,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, TapDot
 from qcompile.targets.cpu import epilogue
+from qcompile.targets.cpu.conv import dot_name
 from qcompile.targets.cpu.emit import Registers, load, parallel, store
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel, function
@@ -268,4 +269,4 @@ def _build(
     return done.result
 
 
-DEPTHWISE_DOT = Generator("depthwise_dot", configs, depthwise_dot)
+DEPTHWISE_DOT = Generator("depthwise_dot", configs, depthwise_dot, dot_name)

@@ -23,7 +23,7 @@ from tvm.tirx.script import builder as T
 
 from qcompile.targets.base import InstructionSet, MatrixUnit, TileRegisters
 from qcompile.targets.cpu import epilogue
-from qcompile.targets.cpu.conv import channel_order, per_channel
+from qcompile.targets.cpu.conv import channel_order, dot_name, per_channel
 from qcompile.targets.cpu.cuts import Cut, Runs
 from qcompile.targets.cpu.emit import on_each_thread, only_if
 from qcompile.targets.cpu.tasks import split
@@ -297,4 +297,4 @@ class Tile:
                 self.registers.prefetch(T.address_of(self.weights[(following + line) * (4 * self.lanes)]))
 
 
-MATRIX = Generator("matrix", configs, conv)
+MATRIX = Generator("matrix", configs, conv, dot_name)

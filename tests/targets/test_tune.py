@@ -25,7 +25,7 @@ from qcompile.targets import get, measure, tune
 from qcompile.targets.cpu import choose
 from qcompile.targets.cpu.conv import CONV
 from qcompile.targets.database import Database
-from qcompile.targets.emitters import EMITTERS
+from qcompile.targets.emitters import emitters_for
 from qcompile.targets.function import Kernel, function
 from qcompile.targets.lower import lower
 from qcompile.targets.measure import Candidate
@@ -102,7 +102,7 @@ def test_every_kernel_is_measured_once_and_no_bit_changes(model: nn.Module, path
     compiled = qcompile.compile(model, NATIVE, calibration=data, tuning=path, threads=1)  # all known
     assert [step for step in steps if step[0] == "tuning"] == [("tuning", done, 4) for done in range(5)]
     entries = Database(path).entries()
-    workloads = lower(compiled.program, get(NATIVE), EMITTERS).workloads
+    workloads = lower(compiled.program, get(NATIVE), emitters_for(get(NATIVE))).workloads
     assert len(entries) == 4
     assert {(entry.operator, entry.shape) for entry in entries} == {workload.key for workload in workloads}
     assert all(entry.gain >= 1 and entry.microseconds > 0 for entry in entries)
@@ -115,7 +115,9 @@ def test_compiling_uses_what_was_found(model: nn.Module, path: Path) -> None:
     """The ledger names other kernels after every entry was given the last config instead of the first."""
     database = Database(path)
     program = quantize(model, calibration=images()).program
-    workloads = {workload.key: workload for workload in lower(program, get(NATIVE), EMITTERS).workloads}
+    workloads = {
+        workload.key: workload for workload in lower(program, get(NATIVE), emitters_for(get(NATIVE))).workloads
+    }
     for entry in database.entries():
         last = workloads[entry.operator, entry.shape].configs()[-1]
         database.add(replace(entry, config=json.dumps(asdict(last))))
@@ -225,7 +227,7 @@ def test_a_config_is_remembered_where_it_is_clearly_faster_than_the_default(
     (tuned,) = run(model, path)
     (entry,) = Database(path).entries()
     program = quantize(model, calibration=images()).program
-    (workload,) = lower(program, get(NATIVE), EMITTERS).workloads
+    (workload,) = lower(program, get(NATIVE), emitters_for(get(NATIVE))).workloads
     if gain < 1.03:
         assert (json.loads(entry.config), entry.gain, entry.microseconds) == ({}, 1.0, 2e6)
         assert tuned.kernel == tuned.default

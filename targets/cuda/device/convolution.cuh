@@ -1,0 +1,184 @@
+// Convolutions and linear layers as a product of matrices whose left one is never written down: a row for each output
+// pixel, with all that the filter sees of the image ("implicit GEMM").
+//
+// A row is read in segments: runs of bytes that lie side by side in memory. A segment is one tap's channels, or all taps
+// of a filter's row where pixels have no other bytes between them. It is padded to whole chunks; the weights have zeros
+// there and beyond the last segment.
+#pragma once
+#include "image.cuh"
+#include "multiply.cuh"
+#include "numbers.cuh"
+
+namespace qcompile {
+
+struct Convolution {
+  int pixels;                           // rows of the product
+  int out_height, out_width;
+  int64_t image_step;                   // bytes from image to image of x,
+  int first;                            // to what the filter sees first for the first output pixel,
+  int down, right;                      // from output row to row and from column to column,
+  int filter_down, filter_right;        // and between the rows, and the segments of a row, of the filter
+  int segments, filter_rows;            // of a filter's row; rows of the filter
+  int segment_bytes, segment_chunks;    // how long a segment is, and with padding
+  int group_bytes;                      // of a pixel of x: from group to group
+  int group_outputs;                    // channels of y, from group to group
+  int depth_tiles;                      // of DEPTH bytes
+  Image y, residual;
+  Margin margin;
+  Requantize to;
+
+  // Where the row of a pixel begins.
+  __device__ __forceinline__ int64_t row_offset(int pixel) const {
+    int line = pixel / out_width, image = line / out_height;
+    return image * image_step + first + int64_t(line - image * out_height) * down + int64_t(pixel - line * out_width) * right;
+  }
+};
+
+// TALL, WIDE: rows and columns of the tile of a block, which WARPS_DOWN x WARPS_RIGHT warps share. STAGES: tiles in flight.
+// ACCESS: bytes that can be copied at once, as segments are aligned.
+template <class Multiply_, int TALL_, int WIDE_, int WARPS_DOWN_, int WARPS_RIGHT_, int STAGES_, int ACCESS_>
+struct Tile {
+  using Multiply = Multiply_;
+  static constexpr int TALL = TALL_, WIDE = WIDE_, WARPS_DOWN = WARPS_DOWN_, WARPS_RIGHT = WARPS_RIGHT_;
+  static constexpr int STAGES = STAGES_, ACCESS = ACCESS_;
+  static constexpr int THREADS = 32 * WARPS_DOWN * WARPS_RIGHT;
+  static constexpr int ROWS = TALL / WARPS_DOWN / 16, COLUMNS = WIDE / WARPS_RIGHT / 8;  // of 16 x 8 sums, of a warp
+  static constexpr int STAGE_BYTES = (TALL + WIDE) * DEPTH;
+  static constexpr int LINES = THREADS / CHUNKS;                 // rows that the threads copy at once
+  static constexpr int A = (TALL + LINES - 1) / LINES, B = (WIDE + LINES - 1) / LINES;
+  static constexpr int RESULT_PITCH = WIDE + 16;                 // so that rows begin in different banks
+};
+
+// Which chunk of which segment a thread copies next.
+struct Walk {
+  int chunk, segment = 0, row = 0;
+
+  __device__ __forceinline__ void advance(int by, const Convolution& c) {
+    chunk += by;
+    while (chunk >= c.segment_chunks) {
+      chunk -= c.segment_chunks;
+      if (++segment == c.segments) segment = 0, row++;
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void copy_chunk(char* to, const int8_t* from, int bytes, bool take) {
+#pragma unroll
+  for (int i = 0; i < CHUNK; i += T::ACCESS) copy_async<T::ACCESS>(to + i, from + i, take && i < bytes);
+}
+
+// y = requantize(x * weight + bias, m), perhaps plus a residual. weight: a row of depth_tiles * DEPTH bytes for each
+// channel of y.
+template <class T, bool RESIDUAL>
+__device__ __forceinline__ void convolution(
+    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, int8_t* y,
+    const Convolution& c) {
+  char* shared = shared_memory();
+  int first_pixel = block_x() * T::TALL, first_output = block_y() * T::WIDE, group = block_z();
+  int line = thread() / CHUNKS, chunk = thread() % CHUNKS;
+  x += group * c.group_bytes;
+  int group_base = group * c.group_outputs;
+  int64_t weight_pitch = int64_t(c.depth_tiles) * DEPTH;
+
+  const int8_t* rows[T::A];
+#pragma unroll
+  for (int i = 0; i < T::A; i++) {
+    int pixel = first_pixel + line + i * T::LINES;
+    rows[i] = x + c.row_offset(pixel < c.pixels ? pixel : 0);
+  }
+  const int8_t* weights = weight + int64_t(group_base + first_output + line) * weight_pitch + chunk * CHUNK;
+
+  Walk walk{chunk};
+  walk.advance(0, c);
+  auto copy_tile = [&](int tile) {
+    char *a = shared + tile % T::STAGES * T::STAGE_BYTES, *b = a + T::TALL * DEPTH;
+    int64_t offset = int64_t(walk.row) * c.filter_down + walk.segment * c.filter_right + walk.chunk * CHUNK;
+    int left = walk.row < c.filter_rows ? c.segment_bytes - walk.chunk * CHUNK : 0;
+#pragma unroll
+    for (int i = 0; i < T::A; i++) {
+      int row = line + i * T::LINES;
+      if (T::TALL % T::LINES && row >= T::TALL) break;
+      copy_chunk<T>(a + chunk_at(row, chunk), rows[i] + offset, left, first_pixel + row < c.pixels);
+    }
+#pragma unroll
+    for (int i = 0; i < T::B; i++) {
+      int row = line + i * T::LINES;
+      if (T::WIDE % T::LINES && row >= T::WIDE) break;
+      bool inside = first_output + row < c.group_outputs;
+      copy_async<CHUNK>(b + chunk_at(row, chunk), weights + i * T::LINES * weight_pitch + int64_t(tile) * DEPTH, inside);
+    }
+    walk.advance(CHUNKS, c);
+  };
+
+  int sums[T::ROWS][T::COLUMNS][4] = {};
+  int warp = thread() / 32, lane = thread() % 32;
+  int warp_row = warp / T::WARPS_RIGHT * (16 * T::ROWS), warp_column = warp % T::WARPS_RIGHT * (8 * T::COLUMNS);
+#pragma unroll
+  for (int tile = 0; tile < T::STAGES - 1; tile++) {
+    if (tile < c.depth_tiles) copy_tile(tile);
+    commit_copies();
+  }
+  for (int tile = 0; tile < c.depth_tiles; tile++) {
+    wait_for_copies<T::STAGES - 2>();
+    barrier();  // all see this tile, and are done with the one that the next copy overwrites
+    if (tile + T::STAGES - 1 < c.depth_tiles) copy_tile(tile + T::STAGES - 1);
+    commit_copies();
+    const char *a = shared + tile % T::STAGES * T::STAGE_BYTES, *b = a + T::TALL * DEPTH;
+    T::Multiply::multiply(sums, a, warp_row, b, warp_column);
+  }
+  wait_for_copies<0>();
+  barrier();
+
+  // The result goes through shared memory, so that whole chunks are stored; a residual comes the same way.
+  char* result = shared;
+  constexpr int PARTS = T::WIDE / CHUNK;
+  auto place = [&](const Image& image, int row, int part) {
+    return int64_t(image.pixel(first_pixel + row)) * image.pitch + group_base + first_output + part * CHUNK;
+  };
+  auto inside = [&](int row, int part) {
+    return first_pixel + row < c.pixels && first_output + part * CHUNK < c.group_outputs;
+  };
+  if constexpr (RESIDUAL) {
+    for (int i = thread(); i < T::TALL * PARTS; i += T::THREADS) {
+      int row = i / PARTS, part = i % PARTS;
+      if (inside(row, part))
+        *reinterpret_cast<uint4*>(result + row * T::RESULT_PITCH + part * CHUNK) =
+            *reinterpret_cast<const uint4*>(residual + place(c.residual, row, part));
+    }
+    barrier();
+  }
+  int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < T::COLUMNS; j++) {
+    int column = warp_column + 8 * j + 2 * t, output = first_output + column;
+    if (output >= c.group_outputs) output = 0;  // not stored
+    output += group_base;
+    int add[2] = {bias[output], bias[output + 1]};
+    float factor[2] = {m[output], m[output + 1]};
+#pragma unroll
+    for (int i = 0; i < T::ROWS; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        char* at = result + (warp_row + 16 * i + 8 * half + g) * T::RESULT_PITCH + column;
+        int8_t* bytes = reinterpret_cast<int8_t*>(at);
+        int value[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          int sum = wrapping_add(sums[i][j][2 * half + k], add[k]);
+          value[k] = RESIDUAL ? requantize(sum, factor[k], bytes[k], c.to) : requantize(sum, factor[k], c.to);
+        }
+        *reinterpret_cast<uint16_t*>(at) = uint16_t((value[0] & 255) | (value[1] & 255) << 8);
+      }
+  }
+  barrier();
+  for (int i = thread(); i < T::TALL * PARTS; i += T::THREADS) {
+    int row = i / PARTS, part = i % PARTS;
+    if (inside(row, part))
+      *reinterpret_cast<uint4*>(y + place(c.y, row, part)) =
+          *reinterpret_cast<const uint4*>(result + row * T::RESULT_PITCH + part * CHUNK);
+  }
+  c.margin.fill(y, c.y);
+}
+
+}  // namespace qcompile

@@ -1,0 +1,110 @@
+// Convolutions whose channels see one input channel (depthwise), or few: on tensor cores they would multiply by zeros.
+#pragma once
+#include "image.cuh"
+#include "numbers.cuh"
+
+namespace qcompile {
+
+struct Grouped {
+  int images, channels;      // channels of y, a multiple of four
+  int down, right;           // bytes of x from output row to row, and from column to column
+  int filter_height, filter_width;
+  int filter_down, filter_right;
+  int64_t image_step;        // bytes from image to image of x
+  int first;                 // to the first byte that the filter sees
+  int inputs, outputs;       // channels of a group
+  int last;                  // group
+  Image y, residual;
+  Margin margin;
+  Requantize to;
+};
+
+template <bool RESIDUAL>
+__device__ __forceinline__ void store_four(
+    const int (&sums)[4], const int8_t* residual, const int* bias, const float* m, int8_t* y, int n, int h, int w,
+    int channel, const Grouped& c) {
+  int value[4];
+  uint32_t other = 0;
+  if (RESIDUAL) other = *reinterpret_cast<const uint32_t*>(residual + c.residual.offset(n, h, w) + channel);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    int sum = wrapping_add(sums[i], bias[channel + i]);
+    value[i] = RESIDUAL ? requantize(sum, m[channel + i], byte_of(other, i), c.to) : requantize(sum, m[channel + i], c.to);
+  }
+  *reinterpret_cast<uint32_t*>(y + c.y.offset(n, h, w) + channel) = pack4(value[0], value[1], value[2], value[3]);
+}
+
+// One input channel for each output channel. A thread computes four channels of PIXELS neighbouring pixels.
+// weight: for every tap and channel a word with the weight in that byte of four that the channel has, else zeros: so a
+// dot product picks its own byte of four channels.
+template <int PIXELS, bool RESIDUAL>
+__device__ __forceinline__ void depthwise(
+    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, int8_t* y,
+    const Grouped& c) {
+  int words = c.channels / 4, across = (c.y.width + PIXELS - 1) / PIXELS;
+  int64_t count = int64_t(c.images) * c.y.height * across * words;
+  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
+    int word = int(i % words);
+    int64_t place = i / words;
+    int w = int(place % across) * PIXELS, line = int(place / across), h = line % c.y.height, n = line / c.y.height;
+    const int8_t* from = x + n * c.image_step + c.first + int64_t(h) * c.down + int64_t(w) * c.right + word * 4;
+    const uint4* taps = reinterpret_cast<const uint4*>(weight) + word;
+    int sums[PIXELS][4] = {};
+    int step[PIXELS];
+#pragma unroll
+    for (int p = 0; p < PIXELS; p++) step[p] = (w + p < c.y.width ? p : 0) * c.right;
+    for (int row = 0; row < c.filter_height; row++)
+      for (int column = 0; column < c.filter_width; column++, taps += words) {
+        const int8_t* tap = from + int64_t(row) * c.filter_down + column * c.filter_right;
+        uint4 f = *taps;
+#pragma unroll
+        for (int p = 0; p < PIXELS; p++) {
+          uint32_t four = *reinterpret_cast<const uint32_t*>(tap + step[p]);
+          sums[p][0] = dot4(four, f.x, sums[p][0]);
+          sums[p][1] = dot4(four, f.y, sums[p][1]);
+          sums[p][2] = dot4(four, f.z, sums[p][2]);
+          sums[p][3] = dot4(four, f.w, sums[p][3]);
+        }
+      }
+#pragma unroll
+    for (int p = 0; p < PIXELS; p++)
+      if (w + p < c.y.width) store_four<RESIDUAL>(sums[p], residual, bias, m, y, n, h, w + p, word * 4, c);
+  }
+  c.margin.fill(y, c.y);
+}
+
+// Groups of any size. A thread computes four channels of a pixel, a product at a time.
+// weight: (filter rows, columns, inputs of a group, channels of y).
+template <bool RESIDUAL>
+__device__ __forceinline__ void grouped(
+    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, int8_t* y,
+    const Grouped& c) {
+  int words = c.channels / 4;
+  int64_t count = int64_t(c.images) * c.y.height * c.y.width * words;
+  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
+    int word = int(i % words);
+    int64_t place = i / words;
+    int w = int(place % c.y.width), line = int(place / c.y.width), h = line % c.y.height, n = line / c.y.height;
+    const int8_t* from = x + n * c.image_step + c.first + int64_t(h) * c.down + int64_t(w) * c.right;
+    const uint32_t* weights = reinterpret_cast<const uint32_t*>(weight) + word;
+    int sums[4] = {}, base[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      int group = (word * 4 + k) / c.outputs;
+      base[k] = (group < c.last ? group : c.last) * c.inputs;
+    }
+    for (int row = 0; row < c.filter_height; row++)
+      for (int column = 0; column < c.filter_width; column++) {
+        const int8_t* tap = from + int64_t(row) * c.filter_down + column * c.filter_right;
+        for (int input = 0; input < c.inputs; input++, weights += words) {
+          uint32_t f = *weights;
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[k] += tap[base[k] + input] * byte_of(f, k);
+        }
+      }
+    store_four<RESIDUAL>(sums, residual, bias, m, y, n, h, w, word * 4, c);
+  }
+  c.margin.fill(y, c.y);
+}
+
+}  // namespace qcompile
