@@ -29,13 +29,13 @@ class Kernel:
         name: what the ledger and profiles show.
         func: the TIR function.
         constants: in the order that the function declared them.
-        entries: the entry points of device code that it launches, on a GPU.
+        launches: on a GPU, the entry points of device code that it calls, each with what it is called with.
     """
 
     name: str
     func: tirx.PrimFunc
     constants: tuple[np.ndarray, ...] = ()
-    entries: tuple[Any, ...] = ()
+    launches: tuple[tuple[Any, Any], ...] = ()
 
     def pools(self) -> list[str]:
         """The element types of its constants, in parameter order."""

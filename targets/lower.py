@@ -157,7 +157,7 @@ class Lowering:
         """Call `kernel` on the flat buffers of `inputs`; the result has `layout`, or is dense float."""
         function = self.builder.add_func(kernel.func, kernel.name)
         self.calls.append((node.name, str(function.name_hint)))
-        self.entries |= {entry.name: entry for entry in kernel.entries}
+        self.entries |= {entry.name: entry for entry, _ in kernel.launches}
         starts = [self.pools[str(c.dtype)].add(c) for c in kernel.constants]
         size = layout.size if layout else product(self.shape(node))
         args = [

@@ -182,7 +182,7 @@ def kernel(
                     *shared,
                 )
             )
-    return Kernel(name, done.result, tuple(arrays.values()), tuple(entries))
+    return Kernel(name, done.result, tuple(arrays.values()), tuple(zip(entries, launches, strict=True)))
 
 
 def _number(value: Number) -> Any:

@@ -142,7 +142,8 @@ __device__ __forceinline__ void convolution(
   if constexpr (RESIDUAL) {
     for (int i = thread(); i < T::TALL * PARTS; i += T::THREADS) {
       int row = i / PARTS, part = i % PARTS;
-      if (inside(row, part))
+      bool allocated = group_base + first_output + part * CHUNK < c.residual.pitch;
+      if (inside(row, part) && allocated)
         *reinterpret_cast<uint4*>(result + row * T::RESULT_PITCH + part * CHUNK) =
             *reinterpret_cast<const uint4*>(residual + place(c.residual, row, part));
     }

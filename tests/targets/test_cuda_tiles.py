@@ -1,0 +1,116 @@
+"""Convolution kernels of GPUs of random geometry, numbers, tiles and halos, each called by itself on the emulated GPU:
+every element of the output, its halo included, is the reference's, whatever was in memory before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cuda_emulator
+import numpy as np
+import pytest
+from geometry import Geometry, bounded, geometries, mismatching
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.targets.base import Target
+from qcompile.targets.cpu.epilogue import Requantize
+from qcompile.targets.cuda.compile import source_of
+from qcompile.targets.cuda.convolution import generator_for
+from qcompile.targets.cuda.launch import Long
+from qcompile.targets.filters import ConvShape, Filters
+from qcompile.targets.function import Kernel
+from qcompile.targets.layout import NO_HALO
+from qcompile.targets.nvidia import Gpu
+
+pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
+CONSTANTS = ("weight", "bias", "m")
+DOTS, TENSORS, TURING = "cuda-sm_61", "cuda-sm_80", "cuda-sm_75"
+
+
+def launched(
+    kernel: Kernel, target: Target, inputs: list[np.ndarray], size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The output of `kernel`, whose memory held random bytes."""
+    output = rng.integers(-128, 128, size, np.int8)
+    names = dict(zip(("x", "residual"), inputs, strict=False)) | dict(zip(CONSTANTS, kernel.constants, strict=True))
+    for entry, launch in kernel.launches:
+        library = cuda_emulator.compile_device(source_of([entry]), [entry.name])
+        arrays = [np.array(names[name]) for name in launch.buffers]
+        numbers = [n.value if isinstance(n, Long) else n for n in launch.numbers]
+        blocks = [int(extent) for extent in launch.blocks]
+        parameters = [*arrays, output, *numbers]
+        cuda_emulator.run(library, entry.name, blocks, launch.threads, launch.shared_bytes, parameters)
+    return output
+
+
+def words(shape: ConvShape) -> ConvShape:
+    """`shape` with pixels of four bytes where these are enough, as the first convolution of a network has them."""
+    few = shape.x.channels <= 4 and shape.groups == 1
+    return replace(shape, x=replace(shape.x, pitch=4)) if few else shape
+
+
+def mistakes(geometry: Geometry, target: str, number: int | None) -> int:
+    """How many elements are wrong with a config: the default, or one that `number` chooses."""
+
+    def generate(shape: ConvShape, filters: Filters, numbers: Requantize, gpu: Gpu) -> Kernel:
+        generator = generator_for(shape, gpu)
+        configs = generator.configs(shape, filters, gpu)
+        config = None if number is None else configs[number % len(configs)]
+        return generator.kernel(shape, filters, numbers, gpu, (), config)
+
+    return mismatching(geometry, target, generate, launched, words)
+
+
+@pytest.mark.parametrize("target", [TENSORS, DOTS, TURING])
+@bounded
+@given(geometry=geometries(), number=st.none() | st.integers(0, 9))
+def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, number: int | None) -> None:
+    assert mistakes(geometry, target, number) == 0
+
+
+@pytest.mark.parametrize("target", [TENSORS, TURING, DOTS])
+@bounded
+@given(geometry=geometries(), channels=st.integers(1, 4), number=st.none() | st.integers(0, 9))
+def test_a_first_layer_is_right(target: str, geometry: Geometry, channels: int, number: int | None) -> None:
+    assert mistakes(replace(geometry, channels=channels, groups=1, tight=True), target, number) == 0
+
+
+@pytest.mark.parametrize("target", [TENSORS, DOTS])
+@bounded
+@given(geometry=geometries(), groups=st.integers(2, 4), per_group=st.tuples(st.integers(1, 3), st.integers(1, 4)))
+def test_groups_of_whole_chunks_go_by_tiles(
+    target: str, geometry: Geometry, groups: int, per_group: tuple[int, int]
+) -> None:
+    channels, outputs = (16 * groups * chunks for chunks in per_group)
+    geometry = replace(geometry, channels=channels, out_channels=outputs, groups=groups, slack=0)
+    assert mistakes(geometry, target, geometry.seed) == 0
+
+
+@bounded
+@given(geometry=geometries(depthwise=True))
+def test_a_depthwise_convolution_is_right_for_every_shape(geometry: Geometry) -> None:
+    assert mistakes(geometry, TENSORS, None) == 0
+
+
+@pytest.mark.parametrize("target", [TENSORS, DOTS])
+@bounded
+@given(geometry=geometries(), rows=st.integers(1, 8), channels=st.integers(1, 300), outputs=st.integers(1, 70))
+def test_a_product_of_few_rows_is_right(
+    target: str, geometry: Geometry, rows: int, channels: int, outputs: int
+) -> None:
+    geometry = replace(
+        geometry,
+        batch=rows,
+        channels=channels,
+        out_channels=outputs,
+        size=(1, 1),
+        kernel=(1, 1),
+        stride=(1, 1),
+        padding=NO_HALO,
+        dilation=(1, 1),
+        groups=1,
+        extra=NO_HALO,
+        halo=NO_HALO,
+        tight=False,
+    )
+    assert mistakes(geometry, target, None) == 0
