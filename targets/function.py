@@ -30,12 +30,14 @@ class Kernel:
         func: the TIR function.
         constants: in the order that the function declared them.
         launches: on a GPU, the entry points of device code that it calls, each with what it is called with.
+        scratch: int32 elements of memory that it is lent besides, after its output.
     """
 
     name: str
     func: tirx.PrimFunc
     constants: tuple[np.ndarray, ...] = ()
     launches: tuple[tuple[Any, Any], ...] = ()
+    scratch: int = 0
 
     def pools(self) -> list[str]:
         """The element types of its constants, in parameter order."""

@@ -166,8 +166,12 @@ class Lowering:
             *[relax.prim_value(start) for start in starts],
             *self.symbol_args,
         ]
-        result = relax.call_tir(function, relax.Tuple(args), relax.TensorType((size,), dtype))
-        return Value(self.builder.emit(result), layout, dtype)
+        outputs = [relax.TensorType((size,), dtype)]
+        if not kernel.scratch:
+            return Value(self.builder.emit(relax.call_tir(function, relax.Tuple(args), outputs[0])), layout, dtype)
+        outputs.append(relax.TensorType((kernel.scratch,), "int32"))
+        results = self.builder.emit(relax.call_tir(function, relax.Tuple(args), outputs))
+        return Value(self.builder.emit(relax.TupleGetItem(results, 0)), layout, dtype)
 
     def real(self, expr: relax.Expr, dtype: str) -> Value:
         """A tensor that is not quantized."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,14 @@ _ROWS_WARPS = 4  # of a block of `linear_rows`
 
 @dataclass(frozen=True)
 class Tile:
-    """The part of a product that a block computes: `tall` pixels, `wide` channels, in `down` x `right` warps."""
+    """The part of a product that a block computes: `tall` pixels, `wide` channels, in `down` x `right` warps; `shares`
+    blocks each a share of its depth."""
 
     tall: int
     wide: int
     down: int
     right: int
+    shares: int = 1
 
     @property
     def threads(self) -> int:
@@ -45,7 +47,7 @@ class Tile:
         multiply = "TensorCores" if gpu.tensor_cores else "DotProducts"
         numbers = (self.tall, self.wide, self.down, self.right, gpu.stages, access)
         tile = f"qcompile::Tile<qcompile::{multiply}, {', '.join(map(str, numbers))}>"
-        return f"convolution<{tile}, {str(residual).lower()}>"
+        return f"{'convolution' if self.shares == 1 else 'split_convolution'}<{tile}, {str(residual).lower()}>"
 
 
 _TENSOR_TILES = (
@@ -60,6 +62,13 @@ _TENSOR_TILES = (
     Tile(32, 32, 2, 2),
     Tile(16, 64, 1, 4),
 )
+_SHARES = (1, 2, 4, 8)
+_LEAST_SHARE = 4  # tiles of depth of a block
+
+# For choosing among them. Tensor cores do 32 products of a tile of depth one (64 bytes) in a cycle; so long take, at
+# least, a step through memory and barrier, and the meeting of blocks that share a tile. What a tile must use a byte
+# of shared memory for, and the threads that a processor holds.
+_STEP, _MEETING, _REUSE, _RESIDENT_THREADS = 3200, 64_000, 48, 2048
 _DOT_TILES = (Tile(64, 64, 2, 4), Tile(32, 64, 2, 4), Tile(32, 32, 2, 2))
 
 
@@ -113,21 +122,25 @@ def _is_rows(shape: ConvShape) -> bool:
 
 def configs(shape: ConvShape, filters: Filters, gpu: Gpu) -> list[Tile]:
     """The tiles, those first that should be fastest."""
-    pixels = product(shape.y.extents)
-    pixels = pixels if isinstance(pixels, int) else _UNKNOWN_PIXELS
+    pixels, depth = product(shape.y.extents), _reading(shape).depth_tiles(shape.kernel[0])
+    known = isinstance(pixels, int)
+    pixels = pixels if known else _UNKNOWN_PIXELS
     outputs = int(shape.y.pitch) // shape.groups
+    shares = [n for n in _SHARES if n == 1 or (known and depth >= _LEAST_SHARE * n)]
 
     def cost(tile: Tile) -> float:
-        """How long the busiest processor computes: its blocks' work, where small tiles wait for shared memory."""
-        blocks = -(-pixels // tile.tall) * -(-outputs // tile.wide) * shape.groups
+        """How long the busiest processor computes, in products of a tile of depth one."""
+        blocks = -(-pixels // tile.tall) * -(-outputs // tile.wide) * shape.groups * tile.shares
+        each = -(-blocks // gpu.processors)
+        together = max(1, min(gpu.shared_bytes // tile.shared_bytes(gpu), _RESIDENT_THREADS // tile.threads))
         reuse = tile.tall * tile.wide / (tile.tall + tile.wide)
-        together = max(1, min(gpu.shared_bytes // tile.shared_bytes(gpu), 2048 // tile.threads))
-        waves = -(-blocks // gpu.processors)
-        slow = max(1.0, 64 / reuse) if waves > together else max(1.0, 32 / reuse)
-        return waves * tile.tall * tile.wide * slow
+        busy = each * tile.tall * tile.wide * max(1.0, _REUSE / reuse)
+        step = max(busy, _STEP * -(-each // together))
+        meeting = 0 if tile.shares == 1 else _MEETING + 2 * tile.shares * tile.tall * tile.wide
+        return -(-depth // tile.shares) * step + meeting
 
     able = [t for t in (_TENSOR_TILES if gpu.tensor_cores else _DOT_TILES) if t.shared_bytes(gpu) <= gpu.shared_bytes]
-    return sorted(able, key=cost)
+    return sorted([replace(tile, shares=n) for tile in able for n in shares], key=cost)
 
 
 def _steps(shape: ConvShape) -> tuple[Dim, int, int, int, int, int]:
@@ -173,7 +186,7 @@ def convolution(
     inputs, residual = _operands(shape)
     image_step, first, down, right, filter_down, filter_right = _steps(shape)
     pixels, outputs = product(shape.y.extents), pitch // shape.groups if shape.groups > 1 else pitch
-    rows = shape.kernel[0]
+    rows, blocks = shape.kernel[0], (_blocks(pixels, tile.tall), -(-outputs // tile.wide))
     members: tuple[Number, ...] = (
         pixels,
         *shape.y.extents[1:],
@@ -190,6 +203,7 @@ def convolution(
         shape.x.channels // shape.groups,
         outputs,
         reading.depth_tiles(rows),
+        tile.shares,
         *image(shape.y),
         *image(shape.residual or shape.y),
         *margin(shape.y, numbers.zero_point),
@@ -199,15 +213,19 @@ def convolution(
         "convolution.cuh",
         tile.function(gpu, reading.access, shape.residual is not None),
         "Convolution",
-        ("x", residual, "weight", "bias", "m"),
+        ("x", residual, "weight", "bias", "m", *["tickets"] * (tile.shares > 1)),
         members,
-        (_blocks(pixels, tile.tall), -(-outputs // tile.wide), shape.groups),
+        (*blocks, shape.groups * tile.shares),
         tile.threads,
         tile.shared_bytes(gpu),
     )
     constants = {"weight": pack(filters.weight, reading, int(shape.x.pitch), pitch), **_numbers(filters, gpu, pitch)}
-    name = f"{shape.kind}_{_instruction(shape, filters, gpu)}_{tile.tall}x{tile.wide}"
-    return kernel(name, [launch], inputs, (shape.y.size, "int8"), constants, symbols)
+    name, scratch = f"{shape.kind}_{_instruction(shape, filters, gpu)}_{tile.tall}x{tile.wide}", 0
+    if tile.shares > 1:
+        tiles = int(product(blocks)) * shape.groups
+        name, scratch = f"{name}_{tile.shares}_shares", tiles * tile.shares * tile.tall * tile.wide
+        constants["tickets"] = np.zeros(tiles, np.int32)
+    return kernel(name, [launch], inputs, (shape.y.size, "int8"), constants, symbols, scratch)
 
 
 def _blocks(pixels: Dim, tall: int) -> Dim:

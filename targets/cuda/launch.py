@@ -51,7 +51,8 @@ class Entry:
     Attributes:
         header: of `device/`.
         function: the template with its arguments, such as "max_pool" or "linear_rows<4, true>".
-        pointers: the element types that its pointers point to, the last one its result.
+        pointers: the element types that its pointers point to.
+        read: how many of these, the first ones, it does not write to.
         struct: what its numbers are members of, in order; those of nested ones in their place.
         numbers: their C types.
         threads: of a block.
@@ -61,6 +62,7 @@ class Entry:
     header: str
     function: str
     pointers: tuple[str, ...]
+    read: int
     struct: str
     numbers: tuple[str, ...]
     threads: int
@@ -74,8 +76,7 @@ class Entry:
     def source(self) -> str:
         """Its definition in CUDA C++."""
         pointers = [
-            f"{'' if i == len(self.pointers) - 1 else 'const '}{_C_TYPES[dtype]}* p{i}"
-            for i, dtype in enumerate(self.pointers)
+            f"{'const ' if i < self.read else ''}{_C_TYPES[dtype]}* p{i}" for i, dtype in enumerate(self.pointers)
         ]
         numbers = [f"{kind} a{i}" for i, kind in enumerate(self.numbers)]
         arguments = ", ".join(f"p{i}" for i in range(len(pointers)))
@@ -105,7 +106,8 @@ class Launch:
 
     Attributes:
         header, function, struct, threads: as of `Entry`.
-        buffers: names of the kernel's inputs and constants, in the order of its pointers; the result follows.
+        buffers: names of the kernel's inputs and constants, in the order of its pointers; the result follows, and
+            scratch memory where the kernel has it.
         numbers: the members of `struct`.
         blocks: in each direction.
         shared_bytes: of a block; 0 where it shares none.
@@ -120,11 +122,13 @@ class Launch:
     threads: int = THREADS
     shared_bytes: int = 0
 
-    def entry(self, dtypes: Mapping[str, str]) -> Entry:
+    def entry(self, dtypes: Mapping[str, str], written: Sequence[str]) -> Entry:
+        """`dtypes`: of the kernel's buffers, of which `written` are written to."""
         return Entry(
             self.header,
             self.function,
-            tuple(dtypes[name] for name in (*self.buffers, "y")),
+            tuple(dtypes[name] for name in (*self.buffers, *written)),
+            len(self.buffers),
             self.struct,
             tuple(
                 "int64_t" if isinstance(n, Long) else "float" if isinstance(n, float) else "int" for n in self.numbers
@@ -154,35 +158,41 @@ def kernel(
     output: tuple[Dim, str],
     constants: Mapping[str, np.ndarray] | None = None,
     symbols: Sequence[tirx.Var] = (),
+    scratch: int = 0,
 ) -> Kernel:
-    """The kernel that makes `launches`, one after the other. `inputs`, `output`: (elements, element type)."""
+    """The kernel that makes `launches`, one after the other. `inputs`, `output`: (elements, element type); `scratch`:
+    elements of int32."""
     arrays = dict(constants or {})
     dtypes = {
         **{of: dtype for of, (_, dtype) in inputs.items()},
         **{of: str(array.dtype) for of, array in arrays.items()},
         "y": output[1],
+        "scratch": "int32",
     }
-    entries = [launch.entry(dtypes) for launch in launches]
+    written = ("y", "scratch") if scratch else ("y",)
+    entries = [launch.entry(dtypes, written) for launch in launches]
     with function(name) as (arguments, done):
         places = {of: arguments.buffer(of, size, dtype).data for of, (size, dtype) in inputs.items()}
         for of, window in zip(arrays, arguments.constants(**arrays), strict=True):
             places[of] = T.address_of(window.buffer[window.start])
         arguments.symbols(symbols)
         places["y"] = arguments.buffer("y", *output).data
+        if scratch:
+            places["scratch"] = arguments.buffer("scratch", scratch, "int32").data
         for launch, entry in zip(launches, entries, strict=True):
             blocks = [T.cast(extent, "int32") for extent in launch.blocks]
             shared = [T.int32(launch.shared_bytes)] if launch.shared_bytes else []
             T.evaluate(
                 T.call_packed(
                     entry.name,
-                    *[places[of] for of in (*launch.buffers, "y")],
+                    *[places[of] for of in (*launch.buffers, *written)],
                     *map(_number, launch.numbers),
                     *blocks,
                     T.int32(launch.threads),
                     *shared,
                 )
             )
-    return Kernel(name, done.result, tuple(arrays.values()), tuple(zip(entries, launches, strict=True)))
+    return Kernel(name, done.result, tuple(arrays.values()), tuple(zip(entries, launches, strict=True)), scratch)
 
 
 def _number(value: Number) -> Any:

@@ -23,7 +23,7 @@ from qcompile.targets.layout import NO_HALO
 from qcompile.targets.nvidia import Gpu
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
-CONSTANTS = ("weight", "bias", "m")
+CONSTANTS = ("weight", "bias", "m", "tickets")
 DOTS, TENSORS, TURING = "cuda-sm_61", "cuda-sm_80", "cuda-sm_75"
 
 
@@ -32,14 +32,17 @@ def launched(
 ) -> np.ndarray:
     """The output of `kernel`, whose memory held random bytes."""
     output = rng.integers(-128, 128, size, np.int8)
-    names = dict(zip(("x", "residual"), inputs, strict=False)) | dict(zip(CONSTANTS, kernel.constants, strict=True))
+    names = dict(zip(("x", "residual"), inputs, strict=False)) | dict(zip(CONSTANTS, kernel.constants, strict=False))
     for entry, launch in kernel.launches:
         library = cuda_emulator.compile_device(source_of([entry]), [entry.name])
         arrays = [np.array(names[name]) for name in launch.buffers]
         numbers = [n.value if isinstance(n, Long) else n for n in launch.numbers]
         blocks = [int(extent) for extent in launch.blocks]
-        parameters = [*arrays, output, *numbers]
+        scratch = [rng.integers(-(1 << 31), 1 << 31, kernel.scratch, np.int32)] if kernel.scratch else []
+        parameters = [*arrays, output, *scratch, *numbers]
         cuda_emulator.run(library, entry.name, blocks, launch.threads, launch.shared_bytes, parameters)
+        tickets = [array for name, array in zip(launch.buffers, arrays, strict=True) if name == "tickets"]
+        assert not any(array.any() for array in tickets), "counters are not zero again"
     return output
 
 
@@ -63,14 +66,14 @@ def mistakes(geometry: Geometry, target: str, number: int | None) -> int:
 
 @pytest.mark.parametrize("target", [TENSORS, DOTS, TURING])
 @bounded
-@given(geometry=geometries(), number=st.none() | st.integers(0, 9))
+@given(geometry=geometries(), number=st.none() | st.integers(0, 39))
 def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, number: int | None) -> None:
     assert mistakes(geometry, target, number) == 0
 
 
 @pytest.mark.parametrize("target", [TENSORS, TURING, DOTS])
 @bounded
-@given(geometry=geometries(), channels=st.integers(1, 4), number=st.none() | st.integers(0, 9))
+@given(geometry=geometries(), channels=st.integers(1, 4), number=st.none() | st.integers(0, 39))
 def test_a_first_layer_is_right(target: str, geometry: Geometry, channels: int, number: int | None) -> None:
     assert mistakes(replace(geometry, channels=channels, groups=1, tight=True), target, number) == 0
 

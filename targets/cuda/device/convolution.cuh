@@ -23,6 +23,7 @@ struct Convolution {
   int group_bytes;                      // of a pixel of x: from group to group
   int group_outputs;                    // channels of y, from group to group
   int depth_tiles;                      // of DEPTH bytes
+  int shares;                           // blocks that share the depth of a tile
   Image y, residual;
   Margin margin;
   Requantize to;
@@ -47,6 +48,10 @@ struct Tile {
   static constexpr int LINES = THREADS / CHUNKS;                 // rows that the threads copy at once
   static constexpr int A = (TALL + LINES - 1) / LINES, B = (WIDE + LINES - 1) / LINES;
   static constexpr int RESULT_PITCH = WIDE + 16;                 // so that rows begin in different banks
+
+  // Of the sums of the thread's warp.
+  static __device__ __forceinline__ int first_row() { return thread() / 32 / WARPS_RIGHT * (16 * ROWS); }
+  static __device__ __forceinline__ int first_column() { return thread() / 32 % WARPS_RIGHT * (8 * COLUMNS); }
 };
 
 // Which chunk of which segment a thread copies next.
@@ -68,28 +73,33 @@ __device__ __forceinline__ void copy_chunk(char* to, const int8_t* from, int byt
   for (int i = 0; i < CHUNK; i += T::ACCESS) copy_async<T::ACCESS>(to + i, from + i, take && i < bytes);
 }
 
-// y = requantize(x * weight + bias, m), perhaps plus a residual. weight: a row of depth_tiles * DEPTH bytes for each
-// channel of y.
-template <class T, bool RESIDUAL>
-__device__ __forceinline__ void convolution(
-    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, int8_t* y,
-    const Convolution& c) {
+// The part of the product that this block computes.
+struct Part {
+  int first_pixel, first_output;  // of the tile; the latter within its group
+  int group;
+  int first_depth, end_depth;     // tiles
+
+  __device__ __forceinline__ int first_channel(const Convolution& c) const { return group * c.group_outputs; }
+};
+
+// The sums of T's tile of x * weight over the depth of `part`; each warp has its rows and columns.
+template <class T>
+__device__ __forceinline__ void multiply_tiles(
+    int (&sums)[T::ROWS][T::COLUMNS][4], const int8_t* x, const int8_t* weight, const Part& part, const Convolution& c) {
   char* shared = shared_memory();
-  int first_pixel = block_x() * T::TALL, first_output = block_y() * T::WIDE, group = block_z();
   int line = thread() / CHUNKS, chunk = thread() % CHUNKS;
-  x += group * c.group_bytes;
-  int group_base = group * c.group_outputs;
   int64_t weight_pitch = int64_t(c.depth_tiles) * DEPTH;
 
   const int8_t* rows[T::A];
 #pragma unroll
   for (int i = 0; i < T::A; i++) {
-    int pixel = first_pixel + line + i * T::LINES;
-    rows[i] = x + c.row_offset(pixel < c.pixels ? pixel : 0);
+    int pixel = part.first_pixel + line + i * T::LINES;
+    rows[i] = x + part.group * c.group_bytes + c.row_offset(pixel < c.pixels ? pixel : 0);
   }
-  const int8_t* weights = weight + int64_t(group_base + first_output + line) * weight_pitch + chunk * CHUNK;
+  const int8_t* weights =
+      weight + (part.first_channel(c) + part.first_output + line) * weight_pitch + chunk * CHUNK;
 
-  Walk walk{chunk};
+  Walk walk{chunk + part.first_depth * CHUNKS};
   walk.advance(0, c);
   auto copy_tile = [&](int tile) {
     char *a = shared + tile % T::STAGES * T::STAGE_BYTES, *b = a + T::TALL * DEPTH;
@@ -99,69 +109,74 @@ __device__ __forceinline__ void convolution(
     for (int i = 0; i < T::A; i++) {
       int row = line + i * T::LINES;
       if (T::TALL % T::LINES && row >= T::TALL) break;
-      copy_chunk<T>(a + chunk_at(row, chunk), rows[i] + offset, left, first_pixel + row < c.pixels);
+      copy_chunk<T>(a + chunk_at(row, chunk), rows[i] + offset, left, part.first_pixel + row < c.pixels);
     }
 #pragma unroll
     for (int i = 0; i < T::B; i++) {
       int row = line + i * T::LINES;
       if (T::WIDE % T::LINES && row >= T::WIDE) break;
-      bool inside = first_output + row < c.group_outputs;
+      bool inside = part.first_output + row < c.group_outputs;
       copy_async<CHUNK>(b + chunk_at(row, chunk), weights + i * T::LINES * weight_pitch + int64_t(tile) * DEPTH, inside);
     }
     walk.advance(CHUNKS, c);
   };
 
-  int sums[T::ROWS][T::COLUMNS][4] = {};
-  int warp = thread() / 32, lane = thread() % 32;
-  int warp_row = warp / T::WARPS_RIGHT * (16 * T::ROWS), warp_column = warp % T::WARPS_RIGHT * (8 * T::COLUMNS);
 #pragma unroll
-  for (int tile = 0; tile < T::STAGES - 1; tile++) {
-    if (tile < c.depth_tiles) copy_tile(tile);
+  for (int stage = 0; stage < T::STAGES - 1; stage++) {
+    if (part.first_depth + stage < part.end_depth) copy_tile(part.first_depth + stage);
     commit_copies();
   }
-  for (int tile = 0; tile < c.depth_tiles; tile++) {
+  int row = T::first_row(), column = T::first_column();
+  for (int tile = part.first_depth; tile < part.end_depth; tile++) {
     wait_for_copies<T::STAGES - 2>();
     barrier();  // all see this tile, and are done with the one that the next copy overwrites
-    if (tile + T::STAGES - 1 < c.depth_tiles) copy_tile(tile + T::STAGES - 1);
+    if (tile + T::STAGES - 1 < part.end_depth) copy_tile(tile + T::STAGES - 1);
     commit_copies();
     const char *a = shared + tile % T::STAGES * T::STAGE_BYTES, *b = a + T::TALL * DEPTH;
-    T::Multiply::multiply(sums, a, warp_row, b, warp_column);
+    T::Multiply::multiply(sums, a, row, b, column);
   }
   wait_for_copies<0>();
   barrier();
+}
 
-  // The result goes through shared memory, so that whole chunks are stored; a residual comes the same way.
-  char* result = shared;
+// y = requantize(sums + bias, m), perhaps plus a residual. The result goes through shared memory, so that whole chunks
+// are stored; a residual comes the same way.
+template <class T, bool RESIDUAL>
+__device__ __forceinline__ void store_tile(
+    const int (&sums)[T::ROWS][T::COLUMNS][4], const int8_t* residual, const int* bias, const float* m, int8_t* y,
+    const Part& part, const Convolution& c) {
   constexpr int PARTS = T::WIDE / CHUNK;
-  auto place = [&](const Image& image, int row, int part) {
-    return int64_t(image.pixel(first_pixel + row)) * image.pitch + group_base + first_output + part * CHUNK;
+  char* result = shared_memory();
+  int first_channel = part.first_channel(c) + part.first_output;
+  auto place = [&](const Image& image, int row, int chunk) {
+    return int64_t(image.pixel(part.first_pixel + row)) * image.pitch + first_channel + chunk * CHUNK;
   };
-  auto inside = [&](int row, int part) {
-    return first_pixel + row < c.pixels && first_output + part * CHUNK < c.group_outputs;
+  auto inside = [&](int row, int chunk) {
+    return part.first_pixel + row < c.pixels && part.first_output + chunk * CHUNK < c.group_outputs;
   };
   if constexpr (RESIDUAL) {
     for (int i = thread(); i < T::TALL * PARTS; i += T::THREADS) {
-      int row = i / PARTS, part = i % PARTS;
-      bool allocated = group_base + first_output + part * CHUNK < c.residual.pitch;
-      if (inside(row, part) && allocated)
-        *reinterpret_cast<uint4*>(result + row * T::RESULT_PITCH + part * CHUNK) =
-            *reinterpret_cast<const uint4*>(residual + place(c.residual, row, part));
+      int row = i / PARTS, chunk = i % PARTS;
+      bool allocated = first_channel + chunk * CHUNK < c.residual.pitch;
+      if (inside(row, chunk) && allocated)
+        *reinterpret_cast<uint4*>(result + row * T::RESULT_PITCH + chunk * CHUNK) =
+            *reinterpret_cast<const uint4*>(residual + place(c.residual, row, chunk));
     }
     barrier();
   }
-  int g = lane / 4, t = lane % 4;
+  int lane = thread() % 32, g = lane / 4, t = lane % 4, first_row = T::first_row() + g;
 #pragma unroll
   for (int j = 0; j < T::COLUMNS; j++) {
-    int column = warp_column + 8 * j + 2 * t, output = first_output + column;
-    if (output >= c.group_outputs) output = 0;  // not stored
-    output += group_base;
-    int add[2] = {bias[output], bias[output + 1]};
-    float factor[2] = {m[output], m[output + 1]};
+    int column = T::first_column() + 8 * j + 2 * t;
+    bool stored = part.first_output + column < c.group_outputs;
+    int channel = stored ? first_channel + column : 0;
+    int add[2] = {bias[channel], bias[channel + 1]};
+    float factor[2] = {m[channel], m[channel + 1]};
 #pragma unroll
     for (int i = 0; i < T::ROWS; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        char* at = result + (warp_row + 16 * i + 8 * half + g) * T::RESULT_PITCH + column;
+        char* at = result + (first_row + 16 * i + 8 * half) * T::RESULT_PITCH + column;
         int8_t* bytes = reinterpret_cast<int8_t*>(at);
         int value[2];
 #pragma unroll
@@ -174,10 +189,64 @@ __device__ __forceinline__ void convolution(
   }
   barrier();
   for (int i = thread(); i < T::TALL * PARTS; i += T::THREADS) {
-    int row = i / PARTS, part = i % PARTS;
-    if (inside(row, part))
-      *reinterpret_cast<uint4*>(y + place(c.y, row, part)) =
-          *reinterpret_cast<const uint4*>(result + row * T::RESULT_PITCH + part * CHUNK);
+    int row = i / PARTS, chunk = i % PARTS;
+    if (inside(row, chunk))
+      *reinterpret_cast<uint4*>(y + place(c.y, row, chunk)) =
+          *reinterpret_cast<const uint4*>(result + row * T::RESULT_PITCH + chunk * CHUNK);
+  }
+}
+
+// y = requantize(x * weight + bias, m), perhaps plus a residual. weight: a row of depth_tiles * DEPTH bytes for each
+// channel of y.
+template <class T, bool RESIDUAL>
+__device__ __forceinline__ void convolution(
+    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, int8_t* y,
+    const Convolution& c) {
+  Part part{block_x() * T::TALL, block_y() * T::WIDE, block_z(), 0, c.depth_tiles};
+  int sums[T::ROWS][T::COLUMNS][4] = {};
+  multiply_tiles<T>(sums, x, weight, part, c);
+  store_tile<T, RESIDUAL>(sums, residual, bias, m, y, part, c);
+  c.margin.fill(y, c.y);
+}
+
+// The same for products of few pixels and great depth: several blocks share the depth of a tile ("split K"). Each writes
+// its sums to `partial`; the one that is last, by the tickets of the tile, adds those of the others and goes on. The
+// sums are integers: the order is no matter. `tickets`: a counter for each tile, zero before and after.
+template <class T, bool RESIDUAL>
+__device__ __forceinline__ void split_convolution(
+    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, const int* tickets,
+    int8_t* y, int* partial, const Convolution& c) {
+  int share = block_z() % c.shares, each = (c.depth_tiles + c.shares - 1) / c.shares;
+  int end = (share + 1) * each < c.depth_tiles ? (share + 1) * each : c.depth_tiles;
+  Part part{block_x() * T::TALL, block_y() * T::WIDE, block_z() / c.shares, share * each, end};
+  int sums[T::ROWS][T::COLUMNS][4] = {};
+  multiply_tiles<T>(sums, x, weight, part, c);
+
+  constexpr int SUMS = T::ROWS * T::COLUMNS * 4;  // of a thread
+  int tile = (part.group * blocks_y() + block_y()) * blocks_x() + block_x();
+  int* of_tile = partial + int64_t(tile) * c.shares * (SUMS * T::THREADS) + thread();
+  auto each_sum = [&](int of, auto&& use) {
+#pragma unroll
+    for (int i = 0; i < T::ROWS; i++)
+#pragma unroll
+      for (int j = 0; j < T::COLUMNS; j++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          use(sums[i][j][k], of_tile + (of * SUMS + (i * T::COLUMNS + j) * 4 + k) * T::THREADS);
+  };
+  each_sum(share, [](int& sum, int* place) { *place = sum; });
+  int* drawn = reinterpret_cast<int*>(shared_memory());
+  publish();
+  barrier();
+  if (thread() == 0) *drawn = draw_ticket(const_cast<int*>(tickets) + tile, c.shares);
+  barrier();
+  bool last = *drawn == c.shares - 1;
+  barrier();  // what was drawn is where the result goes
+  if (last) {
+    for (int other = 0; other < c.shares; other++)
+      if (other != share)
+        each_sum(other, [](int& sum, int* place) { sum = wrapping_add(sum, load_published(place)); });
+    store_tile<T, RESIDUAL>(sums, residual, bias, m, y, part, c);
   }
   c.margin.fill(y, c.y);
 }

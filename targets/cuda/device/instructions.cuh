@@ -24,6 +24,20 @@ __device__ __forceinline__ char* shared_memory() {
 // Until every thread of the block is here, and sees what the others wrote.
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 
+// What this thread wrote before may be read by the other blocks after what it writes next.
+__device__ __forceinline__ void publish() { __threadfence(); }
+
+// How many of the `of` blocks drew before this one; the last one makes the counter zero again. What blocks that drew
+// before had published can be read after.
+__device__ __forceinline__ int draw_ticket(int* counter, int of) {
+  int drawn = int(atomicInc(reinterpret_cast<unsigned*>(counter), unsigned(of - 1)));
+  __threadfence();
+  return drawn;
+}
+
+// What another block has published.
+__device__ __forceinline__ int load_published(const int* from) { return __ldcg(from); }
+
 // --- numbers: each exactly as said, so that no compiler may join a product and a sum ----------------------------------
 
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }

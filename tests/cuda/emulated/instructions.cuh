@@ -28,6 +28,14 @@ inline char* shared_memory() { return emulated::block.shared; }
 
 inline void barrier(QCOMPILE_HERE) { emulated::wait_at_barrier({file, line}); }
 
+inline void publish() {}
+inline int draw_ticket(int* counter, int of) {
+  int drawn = *counter;
+  *counter = drawn == of - 1 ? 0 : drawn + 1;
+  return drawn;
+}
+inline int load_published(const int* from) { return *from; }
+
 // --- numbers (compiled with -ffp-contract=off) -----------------------------------------------------------------------
 
 inline float multiply(float a, float b) { return a * b; }
