@@ -6,6 +6,7 @@ capture -> passes -> integer program -> lower -> build -> artifact -> model
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -117,7 +118,9 @@ def compile_program(
         refuse_float(program)
     chosen = best_known(program, target, tuning, threads, progress)
     steps = iter(range(1, 4))
-    built = build(program, target, None if progress is None else lambda step: progress(step, next(steps), 3), chosen)
+    with ThreadPoolExecutor(1) as beside:  # the reference runs while TVM compiles, mostly on one core
+        golden = beside.submit(golden_cases, program)
+        built = build(program, target, progress and (lambda step: progress(step, next(steps), 3)), chosen)
     coverage = coverage_rows(program, built.kernels)
     artifact = Artifact(
         inputs=input_specs(program),
@@ -128,6 +131,6 @@ def compile_program(
         passes=tuple(PassRow(r.name, r.changed, r.nodes_before, r.nodes_after) for r in quantized.passes),
         toolchain={name: version(name) for name in ("qcompile", "torch", "apache-tvm", "apache-tvm-ffi", "numpy")},
         tolerance=tolerance(coverage),
-        golden=golden_cases(program),
+        golden=golden.result(),
     )
     return CompiledModel(artifact, program, target, threads=threads, chosen=chosen, recipe=quantized.recipe)

@@ -109,6 +109,7 @@ def build(program: Program, target: Target, progress: Progress | None = None, ch
     say("lowering")
     lowered = lower(program, target, emitters_for(target), chosen)
     say("compiling")
+    device_code = cuda.compiled(lowered.entries, target.isa) if isinstance(target.isa, Gpu) else b""
     try:
         executable = compile_module(lowered.module, target.tvm)
     except Exception as error:  # TVM raises many types
@@ -118,11 +119,8 @@ def build(program: Program, target: Target, progress: Progress | None = None, ch
         path = Path(folder) / "model.so"
         link(executable, path, command)
         library = path.read_bytes()
-    if not isinstance(target.isa, Gpu):
-        return Built(library, lowered.constants, lowered.kernels)
-    say("compiling for the GPU")
-    code = cuda.compiled(lowered.entries, target.isa)
-    return Built(library, lowered.constants, lowered.kernels, code, cuda.information_of(lowered.entries))
+    device_kernels = cuda.information_of(lowered.entries) if device_code else ""
+    return Built(library, lowered.constants, lowered.kernels, device_code, device_kernels)
 
 
 def compile_module(
