@@ -224,7 +224,8 @@ def convolution(
     if tile.shares > 1:
         tiles = int(product(blocks)) * shape.groups
         name, scratch = f"{name}_{tile.shares}_shares", tiles * tile.shares * tile.tall * tile.wide
-        constants["tickets"] = np.zeros(tiles, np.int32)
+        # Of a type that no other constant has: equal constants are one, and these are written to.
+        constants["tickets"] = np.zeros(4 * tiles, np.uint8)
     return kernel(name, [launch], inputs, (shape.y.size, "int8"), constants, symbols, scratch)
 
 

@@ -211,10 +211,11 @@ __device__ __forceinline__ void convolution(
 
 // The same for products of few pixels and great depth: several blocks share the depth of a tile ("split K"). Each writes
 // its sums to `partial`; the one that is last, by the tickets of the tile, adds those of the others and goes on. The
-// sums are integers: the order is no matter. `tickets`: a counter for each tile, zero before and after.
+// sums are integers: the order is no matter. `tickets`: a counter (int) for each tile, zero before
+// and after.
 template <class T, bool RESIDUAL>
 __device__ __forceinline__ void split_convolution(
-    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, const int* tickets,
+    const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, const uint8_t* tickets,
     int8_t* y, int* partial, const Convolution& c) {
   int share = block_z() % c.shares, each = (c.depth_tiles + c.shares - 1) / c.shares;
   int end = (share + 1) * each < c.depth_tiles ? (share + 1) * each : c.depth_tiles;
@@ -238,7 +239,7 @@ __device__ __forceinline__ void split_convolution(
   int* drawn = reinterpret_cast<int*>(shared_memory());
   publish();
   barrier();
-  if (thread() == 0) *drawn = draw_ticket(const_cast<int*>(tickets) + tile, c.shares);
+  if (thread() == 0) *drawn = draw_ticket(const_cast<int*>(reinterpret_cast<const int*>(tickets)) + tile, c.shares);
   barrier();
   bool last = *drawn == c.shares - 1;
   barrier();  // what was drawn is where the result goes
