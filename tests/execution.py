@@ -43,12 +43,13 @@ def native_vectors() -> str:
 
 
 def quick(targets: Sequence[str]) -> list[Any]:
-    """Parameters for the sweeps of integer kernels. Of the targets with AVX-512, whose integers mostly go the same way,
-    `make test` takes the best one that this machine can run."""
+    """Parameters for the sweeps of integer kernels. Of targets whose integers mostly go the same way, `make test` takes
+    one: of those with AVX-512 the best that this machine can run, of GPUs with tensor cores one that copies ahead."""
     alike = {name for name in X86 if "avx512f" in get(name).features}
     able = [name for name in alike if not lacks("x86_64", get(name).features)]
     best = max(able, key=lambda name: get(name).rank, default=None)
-    return [pytest.param(name, marks=pytest.mark.slow) if name in alike - {best} else name for name in targets]
+    late = (alike - {best}) | set(CUDA) - {"cuda-sm_61", "cuda-sm_80"}
+    return [pytest.param(name, marks=pytest.mark.slow) if name in late else name for name in targets]
 
 
 def program_of(

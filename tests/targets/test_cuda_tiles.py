@@ -9,7 +9,7 @@ import cuda_emulator
 import numpy as np
 import pytest
 from geometry import Geometry, bounded, geometries, mismatching
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.targets.base import Target
@@ -25,6 +25,9 @@ from qcompile.targets.nvidia import Gpu
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
 CONSTANTS = ("weight", "bias", "m", "tickets")
 DOTS, TENSORS, TURING = "cuda-sm_61", "cuda-sm_80", "cuda-sm_75"
+# Every entry point that an example needs is compiled by g++, which takes longer than to run it.
+few = settings(bounded, max_examples=8)
+TARGETS = [TENSORS, DOTS, pytest.param(TURING, marks=pytest.mark.slow)]
 
 
 def launched(
@@ -64,22 +67,22 @@ def mistakes(geometry: Geometry, target: str, number: int | None) -> int:
     return mismatching(geometry, target, generate, launched, words)
 
 
-@pytest.mark.parametrize("target", [TENSORS, DOTS, TURING])
-@bounded
+@pytest.mark.parametrize("target", TARGETS)
+@few
 @given(geometry=geometries(), number=st.none() | st.integers(0, 39))
 def test_a_convolution_is_right_for_every_shape_and_tile(target: str, geometry: Geometry, number: int | None) -> None:
     assert mistakes(geometry, target, number) == 0
 
 
-@pytest.mark.parametrize("target", [TENSORS, TURING, DOTS])
-@bounded
+@pytest.mark.parametrize("target", TARGETS)
+@few
 @given(geometry=geometries(), channels=st.integers(1, 4), number=st.none() | st.integers(0, 39))
 def test_a_first_layer_is_right(target: str, geometry: Geometry, channels: int, number: int | None) -> None:
     assert mistakes(replace(geometry, channels=channels, groups=1, tight=True), target, number) == 0
 
 
 @pytest.mark.parametrize("target", [TENSORS, DOTS])
-@bounded
+@few
 @given(geometry=geometries(), groups=st.integers(2, 4), per_group=st.tuples(st.integers(1, 3), st.integers(1, 4)))
 def test_groups_of_whole_chunks_go_by_tiles(
     target: str, geometry: Geometry, groups: int, per_group: tuple[int, int]
@@ -89,14 +92,14 @@ def test_groups_of_whole_chunks_go_by_tiles(
     assert mistakes(geometry, target, geometry.seed) == 0
 
 
-@bounded
+@few
 @given(geometry=geometries(depthwise=True))
 def test_a_depthwise_convolution_is_right_for_every_shape(geometry: Geometry) -> None:
     assert mistakes(geometry, TENSORS, None) == 0
 
 
 @pytest.mark.parametrize("target", [TENSORS, DOTS])
-@bounded
+@few
 @given(geometry=geometries(), rows=st.integers(1, 8), channels=st.integers(1, 300), outputs=st.integers(1, 70))
 def test_a_product_of_few_rows_is_right(
     target: str, geometry: Geometry, rows: int, channels: int, outputs: int
@@ -117,3 +120,28 @@ def test_a_product_of_few_rows_is_right(
         tight=False,
     )
     assert mistakes(geometry, target, None) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [TENSORS, DOTS, TURING])
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_tile_and_share_is_right(target: str, residual: bool) -> None:
+    deep = Geometry(
+        batch=2,
+        channels=300,
+        size=(9, 11),
+        out_channels=200,
+        kernel=(3, 3),
+        stride=(1, 1),
+        padding=(1, 1, 1, 1),
+        dilation=(1, 1),
+        groups=1,
+        residual=residual,
+        extra=NO_HALO,
+        halo=(1, 0, 2, 1),
+        slack=0,
+        tight=False,
+        seed=5,
+    )
+    numbers = range(40 if target == TENSORS else 12)
+    assert [number for number in numbers if mistakes(deep, target, number)] == []
