@@ -50,18 +50,18 @@ def _runtime() -> Any:
     """The library of CUDA's runtime: the one in this process, else of a package, else of the system."""
     with suppress(OSError):  # a second one beside PyTorch's would be another library with the same names
         return ctypes.CDLL(_RUNTIME, ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
-    for path in (*_installed(), _RUNTIME):
+    for path in (*installed(_RUNTIME), _RUNTIME):
         with suppress(OSError):
             return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     raise DeviceError(f"a model for a GPU needs CUDA's runtime library, {_RUNTIME}", remedy=_REMEDY)
 
 
-def _installed() -> Iterator[str]:
-    """Where NVIDIA's packages put it; the packages themselves are not imported."""
+def installed(library: str) -> Iterator[str]:
+    """Where NVIDIA's packages put a library; the packages themselves are not imported."""
     spec = PathFinder.find_spec("nvidia")
     for folder in (spec.submodule_search_locations if spec else None) or ():
-        for part in ("cu13", "cuda_runtime"):
-            path = os.path.join(folder, part, "lib", _RUNTIME)
+        for part in ("cu13", "cuda_runtime", "cuda_nvrtc"):
+            path = os.path.join(folder, part, "lib", library)
             if os.path.exists(path):
                 yield path
 

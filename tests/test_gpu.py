@@ -102,7 +102,7 @@ def test_cudas_library_is_found_in_nvidias_packages(tmp_path: Path, monkeypatch:
     for place in ("one/nvidia/cublas/lib", "two/nvidia/cu13/lib"):
         (tmp_path / place).mkdir(parents=True)
         monkeypatch.syspath_prepend(tmp_path / place.split("/")[0])
-    assert str(tmp_path) not in "".join(cuda._installed())
     library = tmp_path / "two/nvidia/cu13/lib/libcudart.so.13"
+    assert str(library) not in list(cuda.installed(library.name))
     library.touch()
-    assert str(library) in list(cuda._installed())
+    assert str(library) in list(cuda.installed(library.name))

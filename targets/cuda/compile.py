@@ -1,4 +1,10 @@
-"""Entry points of device code -> machine code, by NVIDIA's compiler. No GPU is needed."""
+"""Entry points of device code -> what a GPU's driver loads, by NVIDIA's compilers. No GPU is needed.
+
+nvcc, where it is installed and knows the GPU, else NVRTC: a Python package, whose version 12 knows older GPUs. What comes
+out is machine code and PTX, from which a driver makes machine code for later GPUs; or, where there is no CUDA toolkit
+to pack them together, PTX alone: then a driver compiles it too for the GPU that it is meant for, when a model is loaded
+the first time, and keeps the result on disk.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +13,21 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from qcompile.errors import BuildError
+from qcompile.targets.cuda import nvrtc
 from qcompile.targets.cuda.launch import Entry
 from qcompile.targets.nvidia import Gpu
 
 DEVICE = Path(__file__).parent / "device"
-# A product and a sum are joined only where the code says fma.
-FLAGS = ("-std=c++17", "-O3", "-fmad=false", "--split-compile=0", "-Xcudafe", "--diag_suppress=177")
+# Of all compilers. A product and a sum are joined only where the code says fma.
+FLAGS = ("-std=c++17", "-fmad=false", "--split-compile=0", f"-I{DEVICE}")
+_NVCC_FLAGS = ("-O3", "-Xcudafe", "--diag_suppress=177")
 
 
 def source_of(entries: Sequence[Entry]) -> str:
@@ -35,45 +44,79 @@ def information_of(entries: Sequence[Entry]) -> str:
 
 
 def compiled(entries: Sequence[Entry], gpu: Gpu) -> bytes:
-    """A fatbin: machine code for `gpu`, and PTX from which drivers make it for later ones.
+    """A fatbin or PTX.
 
     Raises:
         BuildError: there is no compiler for this GPU, or it fails.
     """
-    nvcc = compiler(gpu)
+    return compiler(gpu)(source_of(entries), gpu)
+
+
+def compiler(gpu: Gpu) -> Callable[[str, Gpu], bytes]:
+    """What compiles a source for `gpu`.
+
+    Raises:
+        BuildError: there is no compiler that does.
+    """
+    nvcc = _tool("nvcc")
+    if nvcc and f"compute_{gpu.capability}" in _architectures(nvcc):
+        return partial(_by_nvcc, nvcc)
+    library = nvrtc.library_for(gpu.capability)
+    if library is not None:
+        return partial(_by_nvrtc, library)
+    raise BuildError(
+        f"no compiler for {gpu.architecture} on this machine",
+        where=f"looked for nvcc in PATH and CUDA_HOME (found: {nvcc or 'none'}), and for {' and '.join(nvrtc.LIBRARIES)}",
+        remedy=nvrtc.REMEDY,
+    )
+
+
+def _by_nvcc(nvcc: str, source: str, gpu: Gpu) -> bytes:
+    codes = f"arch=compute_{gpu.capability},code=[{gpu.architecture},compute_{gpu.capability}]"
+    options = ("--fatbin", *FLAGS, *_NVCC_FLAGS, "-gencode", codes)
+
+    def make(folder: Path, output: Path) -> list[str]:
+        (folder / "kernels.cu").write_text(source)
+        return [nvcc, *options, "-o", str(output), str(folder / "kernels.cu")]
+
+    return _made(make, gpu)
+
+
+def _by_nvrtc(library: Any, source: str, gpu: Gpu) -> bytes:
+    pack = _tool("fatbinary")
+    # Without a packer machine code is of no use, and is not made.
+    result = nvrtc.compiled(library, source, gpu.architecture if pack else f"compute_{gpu.capability}", FLAGS)
+    if not pack:
+        return result.ptx
+
+    def make(folder: Path, output: Path) -> list[str]:
+        (folder / "kernels.ptx").write_bytes(result.ptx.rstrip(b"\0"))
+        (folder / "kernels.cubin").write_bytes(result.cubin)
+        images = [
+            f"--image3=kind={kind},sm={gpu.capability},file={folder / name}"
+            for kind, name in (("elf", "kernels.cubin"), ("ptx", "kernels.ptx"))
+        ]
+        return [str(pack), "-64", f"--create={output}", *images]
+
+    return _made(make, gpu)
+
+
+def _made(make: Callable[[Path, Path], list[str]], gpu: Gpu) -> bytes:
+    """The output of the command that `make` says for a folder and an output in it."""
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
-        source, output = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
-        source.write_text(source_of(entries))
-        codes = f"arch=compute_{gpu.capability},code=[{gpu.architecture},compute_{gpu.capability}]"
-        command = [nvcc, "--fatbin", *FLAGS, "-gencode", codes, "-I", str(DEVICE), "-o", str(output), str(source)]
+        output = Path(folder) / "kernels.fatbin"
+        command = make(Path(folder), output)
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise BuildError("nvcc failed", where=gpu.architecture, remedy=result.stderr.strip() or "see its output")
+            said = (result.stderr + result.stdout).strip()
+            raise BuildError(f"{Path(command[0]).name} failed", where=gpu.architecture, remedy=said or "see its output")
         return output.read_bytes()
 
 
-def compiler(gpu: Gpu) -> str:
-    """The path of an nvcc that compiles for `gpu`.
-
-    Raises:
-        BuildError: there is none.
-    """
-    found = shutil.which("nvcc") or shutil.which(
-        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    )
-    if found is None:
-        raise BuildError(
-            f"no compiler for {gpu.architecture} on this machine",
-            where="looked for nvcc in PATH and CUDA_HOME",
-            remedy="install NVIDIA's CUDA toolkit (no GPU is needed), or set CUDA_HOME to where it is",
-        )
-    if f"compute_{gpu.capability}" not in _architectures(found):
-        raise BuildError(
-            f"this nvcc does not compile for {gpu.architecture}",
-            where=found,
-            remedy="install another CUDA toolkit: 12 is the last for GPUs before sm_75, 11.8 the first for sm_90",
-        )
-    return found
+def _tool(name: str) -> str | None:
+    """The path of a program of the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(name, path=os.path.join(home, "bin"))
 
 
 @cache

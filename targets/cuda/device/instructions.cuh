@@ -1,8 +1,18 @@
 // The instructions of the hardware that kernels use, a function each, and nothing else of it: kernels are written in
 // these and in plain C++. Tests replace this file by one that does the same on a CPU.
 #pragma once
+#ifdef __CUDACC_RTC__  // has no headers, and knows what is CUDA's own
+using int8_t = signed char;
+using int16_t = short;
+using int64_t = long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#else
 #include <cuda_runtime.h>
 #include <stdint.h>
+#endif
 
 namespace qcompile {
 
