@@ -72,6 +72,11 @@ _STEP, _MEETING, _REUSE, _RESIDENT_THREADS = 3200, 64_000, 48, 2048
 _DOT_TILES = (Tile(64, 64, 2, 4), Tile(32, 64, 2, 4), Tile(32, 32, 2, 2))
 
 
+def tiles(gpu: Gpu) -> list[Tile]:
+    """Those that `gpu` can compute."""
+    return [t for t in (_TENSOR_TILES if gpu.tensor_cores else _DOT_TILES) if t.shared_bytes(gpu) <= gpu.shared_bytes]
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a row of the product is read, and so how weights are packed: see device/convolution.cuh.
@@ -139,8 +144,7 @@ def configs(shape: ConvShape, filters: Filters, gpu: Gpu) -> list[Tile]:
         meeting = 0 if tile.shares == 1 else _MEETING + 2 * tile.shares * tile.tall * tile.wide
         return -(-depth // tile.shares) * step + meeting
 
-    able = [t for t in (_TENSOR_TILES if gpu.tensor_cores else _DOT_TILES) if t.shared_bytes(gpu) <= gpu.shared_bytes]
-    return sorted([replace(tile, shares=n) for tile in able for n in shares], key=cost)
+    return sorted([replace(tile, shares=n) for tile in tiles(gpu) for n in shares], key=cost)
 
 
 def _steps(shape: ConvShape) -> tuple[Dim, int, int, int, int, int]:

@@ -84,7 +84,9 @@ __device__ __forceinline__ void quantize_planes(const float* x, int8_t* y, const
   for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
     int64_t n = i / plane, at = i - n * plane;
     int value[4] = {};
-    for (int k = 0; k < c.channels; k++) value[k] = quantize(x[(n * c.channels + k) * plane + at], c.inverse_scale, c.to);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      if (k < c.channels) value[k] = quantize(x[(n * c.channels + k) * plane + at], c.inverse_scale, c.to);
     reinterpret_cast<uint32_t*>(y)[c.y.pixel(int(n), int(at / c.y.width), int(at % c.y.width))] =
         pack4(value[0], value[1], value[2], value[3]);
   }
