@@ -54,23 +54,29 @@ struct Tile {
   static __device__ __forceinline__ int first_column() { return thread() / 32 % WARPS_RIGHT * (8 * COLUMNS); }
 };
 
-// Which chunk of which segment a thread copies next.
+// Which chunk of which segment a thread copies next, and how many bytes lie between the beginning of a row and it.
 struct Walk {
-  int chunk, segment = 0, row = 0;
+  int chunk, offset, segment = 0, row = 0;
 
-  __device__ __forceinline__ void advance(int by, const Convolution& c) {
-    chunk += by;
+  __device__ __forceinline__ explicit Walk(int first, const Convolution& c) : chunk(first), offset(first * CHUNK) { wrap(c); }
+
+  __device__ __forceinline__ void advance(const Convolution& c) {
+    chunk += CHUNKS, offset += CHUNKS * CHUNK;
+    wrap(c);
+  }
+
+  __device__ __forceinline__ void wrap(const Convolution& c) {
     while (chunk >= c.segment_chunks) {
-      chunk -= c.segment_chunks;
-      if (++segment == c.segments) segment = 0, row++;
+      chunk -= c.segment_chunks, offset += c.filter_right - c.segment_chunks * CHUNK;
+      if (++segment == c.segments) segment = 0, row++, offset += c.filter_down - c.segments * c.filter_right;
     }
   }
 };
 
 template <class T>
-__device__ __forceinline__ void copy_chunk(char* to, const int8_t* from, int bytes, bool take) {
+__device__ __forceinline__ void copy_chunk(char* to, const int8_t* from, int bytes) {
 #pragma unroll
-  for (int i = 0; i < CHUNK; i += T::ACCESS) copy_async<T::ACCESS>(to + i, from + i, take && i < bytes);
+  for (int i = 0; i < CHUNK; i += T::ACCESS) copy_async<T::ACCESS>(to + i, from + i, i < bytes);
 }
 
 // The part of the product that this block computes.
@@ -94,31 +100,31 @@ __device__ __forceinline__ void multiply_tiles(
 #pragma unroll
   for (int i = 0; i < T::A; i++) {
     int pixel = part.first_pixel + line + i * T::LINES;
+    // What is beyond the last pixel is multiplied, and not stored.
     rows[i] = x + part.group * c.group_bytes + c.row_offset(pixel < c.pixels ? pixel : 0);
   }
   const int8_t* weights =
-      weight + (part.first_channel(c) + part.first_output + line) * weight_pitch + chunk * CHUNK;
+      weight + (part.first_channel(c) + part.first_output + line) * weight_pitch + part.first_depth * DEPTH + chunk * CHUNK;
 
-  Walk walk{chunk + part.first_depth * CHUNKS};
-  walk.advance(0, c);
+  Walk walk(part.first_depth * CHUNKS + chunk, c);
+  int copy_place = chunk_at(line, chunk);  // and in the same chunk of every LINES-th row
+  static_assert(T::LINES % 8 == 0, "eight rows begin in as many places");
   auto copy_tile = [&](int tile) {
-    char *a = shared + tile % T::STAGES * T::STAGE_BYTES, *b = a + T::TALL * DEPTH;
-    int64_t offset = int64_t(walk.row) * c.filter_down + walk.segment * c.filter_right + walk.chunk * CHUNK;
+    char *a = shared + tile % T::STAGES * T::STAGE_BYTES + copy_place, *b = a + T::TALL * DEPTH;
     int left = walk.row < c.filter_rows ? c.segment_bytes - walk.chunk * CHUNK : 0;
 #pragma unroll
     for (int i = 0; i < T::A; i++) {
-      int row = line + i * T::LINES;
-      if (T::TALL % T::LINES && row >= T::TALL) break;
-      copy_chunk<T>(a + chunk_at(row, chunk), rows[i] + offset, left, part.first_pixel + row < c.pixels);
+      if (T::TALL % T::LINES && line + i * T::LINES >= T::TALL) break;
+      copy_chunk<T>(a + i * T::LINES * DEPTH, rows[i] + walk.offset, left);
     }
 #pragma unroll
     for (int i = 0; i < T::B; i++) {
-      int row = line + i * T::LINES;
-      if (T::WIDE % T::LINES && row >= T::WIDE) break;
-      bool inside = part.first_output + row < c.group_outputs;
-      copy_async<CHUNK>(b + chunk_at(row, chunk), weights + i * T::LINES * weight_pitch + int64_t(tile) * DEPTH, inside);
+      if (T::WIDE % T::LINES && line + i * T::LINES >= T::WIDE) break;
+      bool inside = part.first_output + line + i * T::LINES < c.group_outputs;
+      copy_async<CHUNK>(b + i * T::LINES * DEPTH, weights + i * T::LINES * weight_pitch, inside);
     }
-    walk.advance(CHUNKS, c);
+    weights += DEPTH;
+    walk.advance(c);
   };
 
 #pragma unroll
@@ -126,14 +132,16 @@ __device__ __forceinline__ void multiply_tiles(
     if (part.first_depth + stage < part.end_depth) copy_tile(part.first_depth + stage);
     commit_copies();
   }
-  int row = T::first_row(), column = T::first_column();
+  // As the results of an exchange they are kept; else the compiler would rather compute them anew for every tile.
+  int place_a = exchange(T::Multiply::place_a(T::first_row()), 0);
+  int place_b = exchange(T::Multiply::place_b(T::first_column()), 0);
   for (int tile = part.first_depth; tile < part.end_depth; tile++) {
     wait_for_copies<T::STAGES - 2>();
     barrier();  // all see this tile, and are done with the one that the next copy overwrites
     if (tile + T::STAGES - 1 < part.end_depth) copy_tile(tile + T::STAGES - 1);
     commit_copies();
     const char *a = shared + tile % T::STAGES * T::STAGE_BYTES, *b = a + T::TALL * DEPTH;
-    T::Multiply::multiply(sums, a, row, b, column);
+    T::Multiply::multiply(sums, a, place_a, b, place_b);
   }
   wait_for_copies<0>();
   barrier();
