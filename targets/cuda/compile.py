@@ -1,9 +1,9 @@
 """Entry points of device code -> what a GPU's driver loads, by NVIDIA's compilers. No GPU is needed.
 
-nvcc, where it is installed and knows the GPU, else NVRTC: a Python package, whose version 12 knows older GPUs. What comes
-out is machine code and PTX, from which a driver makes machine code for later GPUs; or, where there is no CUDA toolkit
-to pack them together, PTX alone: then a driver compiles it too for the GPU that it is meant for, when a model is loaded
-the first time, and keeps the result on disk.
+nvcc, where it is installed and knows the GPU, else NVRTC: a Python package, whose version 12 knows older GPUs. What
+comes out is machine code and PTX, from which a driver makes machine code for later GPUs; or, where there is no CUDA
+toolkit to pack them together, PTX alone: then a driver compiles it too for the GPU that it is meant for, when a model
+is loaded the first time, and keeps the result on disk.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def compiler(gpu: Gpu) -> Callable[[str, Gpu], bytes]:
         return partial(_by_nvrtc, library)
     raise BuildError(
         f"no compiler for {gpu.architecture} on this machine",
-        where=f"looked for nvcc in PATH and CUDA_HOME (found: {nvcc or 'none'}), and for {' and '.join(nvrtc.LIBRARIES)}",
+        where=f"looked for nvcc in PATH and CUDA_HOME (found: {nvcc or 'none'}), and for "
+        f"{' and '.join(nvrtc.LIBRARIES)} in NVIDIA's packages and the system's folders",
         remedy=nvrtc.REMEDY,
     )
 

@@ -290,7 +290,7 @@ def grouped(
     inputs, residual = _operands(shape)
     image_step, first, *steps = _steps(shape)
     outputs, of_group, *_ = filters.weight.shape
-    channels, suffix = align(outputs, 4), str(shape.residual is not None).lower()
+    channels = align(outputs, 4)
     weight = np.pad(filters.weight, ((0, channels - outputs),) + ((0, 0),) * 3).transpose(2, 3, 1, 0)
     depthwise = _is_depthwise(shape)
     members = (
@@ -315,15 +315,24 @@ def grouped(
         count = product((*shape.y.extents[:2], ceil_div(shape.y.extents[2], PIXELS), channels // 4))
     launch = Launch(
         "grouped.cuh",
-        f"depthwise<{PIXELS}, {suffix}>" if depthwise else f"grouped<{suffix}>",
+        _depthwise_function(shape) if depthwise else f"grouped<{str(shape.residual is not None).lower()}>",
         "Grouped",
         ("x", residual, "weight", "bias", "m"),
         members,
         each(count),
+        roomy=depthwise,  # its loads are to be in flight together
     )
     constants = {"weight": weight.reshape(-1), **_numbers(filters, gpu, channels)}
     name = f"{'depthwise' if depthwise else 'grouped'}{shape.kernel[0]}x{shape.kernel[1]}"
     return kernel(name, [launch], inputs, (shape.y.size, "int8"), constants, symbols)
+
+
+def _depthwise_function(shape: ConvShape) -> str:
+    """The template of device/grouped.cuh, with its arguments."""
+    (height, width), stride = shape.kernel, shape.stride[1]
+    known = height == width in (3, 5) and stride in (1, 2) and shape.dilation[1] == 1
+    of_filter = (width, stride) if known else (0, 0)
+    return f"depthwise<{PIXELS}, {of_filter[0]}, {of_filter[1]}, {str(shape.residual is not None).lower()}>"
 
 
 def _own_bytes(weight: np.ndarray) -> np.ndarray:

@@ -57,6 +57,7 @@ class Entry:
         numbers: their C types.
         threads: of a block.
         dynamic: whether it has shared memory, whose size is an argument of the launch.
+        roomy: whether it takes the registers that it wants, though fewer of its blocks then share a processor.
     """
 
     header: str
@@ -67,6 +68,7 @@ class Entry:
     numbers: tuple[str, ...]
     threads: int
     dynamic: bool = False
+    roomy: bool = False
 
     @property
     def name(self) -> str:
@@ -81,8 +83,9 @@ class Entry:
         numbers = [f"{kind} a{i}" for i, kind in enumerate(self.numbers)]
         arguments = ", ".join(f"p{i}" for i in range(len(pointers)))
         members = ", ".join(f"a{i}" for i in range(len(numbers)))
+        bounds = f"{self.threads}, 1" if self.roomy else str(self.threads)
         return (
-            f'extern "C" __global__ void __launch_bounds__({self.threads}) {self.name}(\n'
+            f'extern "C" __global__ void __launch_bounds__({bounds}) {self.name}(\n'
             f"    {', '.join(pointers + numbers)}) {{\n"
             f"  qcompile::{self.function}({arguments}, qcompile::{self.struct}{{{members}}});\n}}\n"
         )
@@ -105,7 +108,7 @@ class Launch:
     """One launch of a kernel.
 
     Attributes:
-        header, function, struct, threads: as of `Entry`.
+        header, function, struct, threads, roomy: as of `Entry`.
         buffers: names of the kernel's inputs and constants, in the order of its pointers; the result follows, and
             scratch memory where the kernel has it.
         numbers: the members of `struct`.
@@ -121,6 +124,7 @@ class Launch:
     blocks: tuple[Dim, Dim, Dim]
     threads: int = THREADS
     shared_bytes: int = 0
+    roomy: bool = False
 
     def entry(self, dtypes: Mapping[str, str], written: Sequence[str]) -> Entry:
         """`dtypes`: of the kernel's buffers, of which `written` are written to."""
@@ -135,6 +139,7 @@ class Launch:
             ),
             self.threads,
             self.shared_bytes > 0,
+            self.roomy,
         )
 
 

@@ -1,5 +1,5 @@
-"""NVIDIA's runtime compiler (NVRTC), by ctypes: a library that needs neither a CUDA toolkit nor a GPU, and whose version
-12 knows GPUs that toolkits of version 13 have left behind."""
+"""NVIDIA's runtime compiler (NVRTC), by ctypes: a library that needs neither a CUDA toolkit nor a GPU, and whose
+version 12 knows GPUs that toolkits of version 13 have left behind."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SUCCESS, _COMPILATION = 0, 6  # nvrtcResult
 
 @dataclass(frozen=True)
 class Compiled:
-    """The same code twice: `ptx`, from which a driver makes machine code, with the NUL that it reads up to; `cubin`, the
-    machine code of one GPU."""
+    """The same code twice: `ptx`, from which a driver makes machine code, with the NUL that it reads up to; `cubin`,
+    the machine code of one GPU."""
 
     ptx: bytes
     cubin: bytes
 
 
 def library_for(capability: int) -> Any | None:
-    """The functions of the first library here that compiles for a GPU of this compute capability; None: there is none."""
+    """The functions of the first library here that compiles for a GPU of this compute capability, if there is one."""
     return next((library for library in _libraries() if capability in _capabilities(library)), None)
 
 

@@ -56,12 +56,16 @@ def entries(target: str) -> tuple[Entry, ...]:
     found += move.quantize(dense((1, 3, 8, 8)), "float32", pixels, 1.0, 0, gpu(target)).entries
     found += move.copied((8,), "float32").entries
     tiled = next(entry for entry in found if entry.header == "convolution.cuh")
+    depthwise = next(entry for entry in found if entry.function.startswith("depthwise"))
     tiles = [(tile, 16) for tile in convolution.tiles(gpu(target))]
     tiles += [(tiles[-1][0], access) for access in (4, 8)]
     for residual in (False, True):
         for tile, access in tiles:
             function = tile.function(gpu(target), access, residual)
             found.append(replace(tiled, function=function, threads=tile.threads))
+        for size, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (0, 0)):
+            function = f"depthwise<{convolution.PIXELS}, {size}, {stride}, {str(residual).lower()}>"
+            found.append(replace(depthwise, function=function))
     return tuple({entry.name: entry for entry in found}.values())
 
 

@@ -34,13 +34,29 @@ __device__ __forceinline__ void store_four(
   *reinterpret_cast<uint32_t*>(y + c.y.offset(n, h, w) + channel) = pack4(value[0], value[1], value[2], value[3]);
 }
 
+// sums += the weights `tap` of four channels * those channels of pixels that lie STRIDE apart from `first` on.
+template <int STRIDE, int PIXELS, int SEEN>
+__device__ __forceinline__ void multiply_tap(int (&sums)[PIXELS][4], const uint32_t (&four)[SEEN], int first, uint4 tap) {
+#pragma unroll
+  for (int p = 0; p < PIXELS; p++) {
+    uint32_t seen = four[p * STRIDE + first];
+    sums[p][0] = dot4(seen, tap.x, sums[p][0]);
+    sums[p][1] = dot4(seen, tap.y, sums[p][1]);
+    sums[p][2] = dot4(seen, tap.z, sums[p][2]);
+    sums[p][3] = dot4(seen, tap.w, sums[p][3]);
+  }
+}
+
 // One input channel for each output channel. A thread computes four channels of PIXELS neighbouring pixels.
 // weight: for every tap and channel a word with the weight in that byte of four that the channel has, else zeros: so a
 // dot product picks its own byte of four channels.
-template <int PIXELS, bool RESIDUAL>
+// FILTER: its rows and columns, without dilation, at columns STRIDE apart: then what pixels share is loaded once. 0: any.
+template <int PIXELS, int FILTER, int STRIDE, bool RESIDUAL>
 __device__ __forceinline__ void depthwise(
     const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, int8_t* y,
     const Grouped& c) {
+  constexpr int SEEN = FILTER ? (PIXELS - 1) * STRIDE + FILTER : PIXELS;  // columns that are loaded at once
+  constexpr int ROWS_AT_ONCE = FILTER == 3 ? 3 : 1;                       // as registers last
   int words = c.channels / 4, across = (c.y.width + PIXELS - 1) / PIXELS;
   int64_t count = int64_t(c.images) * c.y.height * across * words;
   for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
@@ -50,25 +66,34 @@ __device__ __forceinline__ void depthwise(
     const int8_t* from = x + n * c.image_step + c.first + int64_t(h) * c.down + int64_t(w) * c.right + word * 4;
     const uint4* taps = reinterpret_cast<const uint4*>(weight) + word;
     int sums[PIXELS][4] = {};
-    int step[PIXELS];
+    int step[SEEN];
+    // Beyond the last pixel the first one is loaded again.
+    int pixels = c.y.width - w < PIXELS ? c.y.width - w : PIXELS, seen = FILTER ? (pixels - 1) * STRIDE + FILTER : pixels;
 #pragma unroll
-    for (int p = 0; p < PIXELS; p++) step[p] = (w + p < c.y.width ? p : 0) * c.right;
-    for (int row = 0; row < c.filter_height; row++)
-      for (int column = 0; column < c.filter_width; column++, taps += words) {
-        const int8_t* tap = from + int64_t(row) * c.filter_down + column * c.filter_right;
-        uint4 f = *taps;
+    for (int j = 0; j < SEEN; j++) step[j] = (j < seen ? j : 0) * (FILTER ? c.filter_right : c.right);
+    if constexpr (FILTER != 0) {
+#pragma unroll ROWS_AT_ONCE
+      for (int row = 0; row < FILTER; row++, from += c.filter_down) {
+        uint32_t four[SEEN];
 #pragma unroll
-        for (int p = 0; p < PIXELS; p++) {
-          uint32_t four = *reinterpret_cast<const uint32_t*>(tap + step[p]);
-          sums[p][0] = dot4(four, f.x, sums[p][0]);
-          sums[p][1] = dot4(four, f.y, sums[p][1]);
-          sums[p][2] = dot4(four, f.z, sums[p][2]);
-          sums[p][3] = dot4(four, f.w, sums[p][3]);
-        }
+        for (int j = 0; j < SEEN; j++) four[j] = *reinterpret_cast<const uint32_t*>(from + step[j]);
+#pragma unroll
+        for (int column = 0; column < FILTER; column++, taps += words)
+          multiply_tap<STRIDE>(sums, four, column, *taps);
       }
+    } else {
+      for (int row = 0; row < c.filter_height; row++)
+        for (int column = 0; column < c.filter_width; column++, taps += words) {
+          const int8_t* tap = from + int64_t(row) * c.filter_down + column * c.filter_right;
+          uint32_t four[SEEN];
+#pragma unroll
+          for (int p = 0; p < PIXELS; p++) four[p] = *reinterpret_cast<const uint32_t*>(tap + step[p]);
+          multiply_tap<1>(sums, four, 0, *taps);
+        }
+    }
 #pragma unroll
     for (int p = 0; p < PIXELS; p++)
-      if (w + p < c.y.width) store_four<RESIDUAL>(sums[p], residual, bias, m, y, n, h, w + p, word * 4, c);
+      if (p < pixels) store_four<RESIDUAL>(sums[p], residual, bias, m, y, n, h, w + p, word * 4, c);
   }
   c.margin.fill(y, c.y);
 }

@@ -22,12 +22,16 @@ __device__ __forceinline__ void linear_rows(
   if (output >= c.outputs) return;
   const int8_t* weights = weight + int64_t(output) * c.weight_pitch;
   int sums[ROWS] = {};
+  const int8_t* from[ROWS];
+#pragma unroll
+  for (int row = 0; row < ROWS; row++) from[row] = x + int64_t(row < c.rows ? row : 0) * c.x_pitch;
+  // No branch on the row, which would keep loads from being in flight together.
+#pragma unroll 4
   for (int chunk = lane; chunk < c.chunks; chunk += 32) {
     uint4 w = *reinterpret_cast<const uint4*>(weights + chunk * 16);
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
-      if (row >= c.rows) break;
-      uint4 v = *reinterpret_cast<const uint4*>(x + int64_t(row) * c.x_pitch + chunk * 16);
+      uint4 v = *reinterpret_cast<const uint4*>(from[row] + chunk * 16);
       sums[row] = dot4(v.w, w.w, dot4(v.z, w.z, dot4(v.y, w.y, dot4(v.x, w.x, sums[row]))));
     }
   }
