@@ -4,6 +4,7 @@
 #ifdef __CUDACC_RTC__  // has no headers, and knows what is CUDA's own
 using int8_t = signed char;
 using int16_t = short;
+using int32_t = int;
 using int64_t = long long;
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
