@@ -30,7 +30,7 @@ from typer.core import TyperGroup
 from qcompile.arrays import in_order, read_arrays, read_model
 from qcompile.artifact import Artifact, TensorSpec
 from qcompile.device import lacks, machine
-from qcompile.errors import ConfigError, InputError, QcompileError
+from qcompile.errors import ConfigError, DeviceError, InputError, QcompileError
 from qcompile.runtime import load, report
 
 if TYPE_CHECKING:
@@ -317,9 +317,15 @@ def targets() -> None:
     from qcompile.targets import get, names
 
     native = get("native").name
+    try:
+        gpu = get("cuda").name
+    except DeviceError:  # there is none, and each row says so
+        gpu = ""
     rows = []
     for target in (get(name) for name in names() if name != "native"):
-        here = lacks(target.machine, target.features) or ("runs: native" if target.name == native else "runs")
+        here = lacks(target.machine, target.features) or "runs" + {native: ": native", gpu: ": cuda"}.get(
+            target.name, ""
+        )
         rows.append((target.name, target.machine, ", ".join(target.features), here))
     _table(f"targets (this machine: {machine()[0]})", ("name", "machine", "needs", "here"), rows)
 

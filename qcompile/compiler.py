@@ -30,9 +30,10 @@ from qcompile.passes.base import Progress
 from qcompile.quantizer import QuantizedModel, prepared, run_passes
 from qcompile.specs import input_specs, output_specs
 from qcompile.stages import Stages
-from qcompile.targets import Target, get
+from qcompile.targets import Target, get, requests
 from qcompile.targets.build import build
 from qcompile.targets.capability import objection
+from qcompile.targets.nvidia import Gpu
 from qcompile.targets.tune import best_known
 from qcompile.tuning import Tuning
 
@@ -86,6 +87,7 @@ def compile(
         QcompileError: every mistake has its subclass, see `qcompile.errors`.
     """
     where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
+    requests.check(where, threads=threads, tuning=tuning, numerics=numerics, max_accuracy_drop=max_accuracy_drop)
     check_threads(threads, None if lacks(where.machine, where.features) else pool_size())
     metrics.check(max_accuracy_drop, metric, evaluation, strict)
     if max_accuracy_drop is not None or numerics != "int8":
@@ -115,7 +117,7 @@ def compile_program(
     """The second half of `compile`: an integer program to machine code. Arguments as there."""
     program = quantized.program
     if strict:
-        refuse_float(program)
+        refuse_float(program, runs=not isinstance(target.isa, Gpu))
     chosen = best_known(program, target, tuning, threads, progress)
     steps = iter(range(1, 4))
     with ThreadPoolExecutor(1) as beside:  # the reference runs while TVM compiles, mostly on one core

@@ -9,6 +9,8 @@ from qcompile.errors import StrictError
 from qcompile.ir import Program
 from qcompile.sites import COVERS
 
+_OUTSIDE = "keep them outside of the compiled model: GPUs have no float kernels here"
+
 
 def coverage_rows(program: Program, kernels: Mapping[str, str]) -> tuple[CoverageRow, ...]:
     """The ledger, with the kernel that computes each operator (several share one where they are fused)."""
@@ -21,8 +23,11 @@ def coverage_rows(program: Program, kernels: Mapping[str, str]) -> tuple[Coverag
     )
 
 
-def refuse_float(program: Program) -> None:
-    """Raise StrictError when the ledger has a float operator; names the first ones and the reasons."""
+def refuse_float(program: Program, runs: bool = True) -> None:
+    """Raise StrictError when the ledger has a float operator; names the first ones and the reasons.
+
+    `runs`: whether the target has kernels for it at all.
+    """
     left = [row for row in program.ledger.rows if row.kind == "float"]
     if left:
         shown = "; ".join(f"{row.where or row.node} ({row.op}): {row.reason}" for row in left[:5])
@@ -30,5 +35,5 @@ def refuse_float(program: Program) -> None:
         raise StrictError(
             f"{len(left)} operators would stay float",
             where=shown + more,
-            remedy="replace them, or compile with strict=False: they then run in float32",
+            remedy="replace them, or " + ("compile with strict=False: they then run in float32" if runs else _OUTSIDE),
         )

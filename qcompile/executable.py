@@ -93,6 +93,16 @@ def check_threads(count: Any, most: int | None = None) -> None:
         )
 
 
+def refuse_threads(count: int | None, gpu: str) -> None:
+    """Raise ConfigError where a number of threads is given for the target `gpu`."""
+    if count is not None:
+        raise ConfigError(
+            f"threads is {count!r}, and {gpu} is a GPU, which has no threads to choose",
+            where="threads",
+            remedy="leave threads out for a model that runs on a GPU",
+        )
+
+
 def pool_size() -> int:
     """How many threads TVM's pool has: TVM_NUM_THREADS, or all cores.
 

@@ -20,8 +20,8 @@ from qcompile import ffi
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
 from qcompile.checks import InputChecker, in_order
 from qcompile.device import lacks, machine
-from qcompile.errors import ArtifactError, ConfigError, DeviceError, InputError, QcompileError
-from qcompile.executable import OWNER, Executable, check_threads, set_threads
+from qcompile.errors import ArtifactError, DeviceError, InputError, QcompileError
+from qcompile.executable import OWNER, Executable, check_threads, refuse_threads, set_threads
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,12 +223,7 @@ def _executable(variant: Variant, threads: int | None) -> Executable | GpuExecut
         if threads is not None:  # else the first call makes the pool: a process may fork before it
             OWNER.run(set_threads, threads)
         return Executable(variant.library, variant.constants.values(), threads)
-    if threads is not None:
-        raise ConfigError(
-            f"threads is {threads!r}, and {variant.name} is a GPU, which has no threads to choose",
-            where="threads",
-            remedy="leave threads out for a model that runs on a GPU",
-        )
+    refuse_threads(threads, variant.name)
     from qcompile.gpu import GpuExecutable  # by now the driver is there
 
     arguments = variant.library, variant.constants.values(), variant.device_code, variant.device_kernels

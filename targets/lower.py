@@ -31,10 +31,10 @@ from qcompile.targets.function import Kernel
 from qcompile.targets.generator import Generator
 from qcompile.targets.kernels import Kernels, kernels_for
 from qcompile.targets.layout import NO_HALO, Dim, Layout, align, dense, innermost, product, relabel
-from qcompile.targets.nvidia import Gpu
 from qcompile.targets.plan import PITCH, Halo, Planned, is_int8, plan
 from qcompile.targets.real_lower import real_tensor
 from qcompile.targets.real_plan import PlannedReal, plan_real
+from qcompile.targets.requests import refuse_float
 from qcompile.targets.take import Take, identity
 from qcompile.targets.workload import Chosen, Workload
 
@@ -70,11 +70,6 @@ class Lowered:
 
 
 _FIXED_SHAPES = "compute with masks (torch.where) in place of selecting, so that every shape follows from the inputs'"
-
-
-_ALL_INTEGER = (
-    "the ledger of the same model compiled for a CPU says why it stays float; or keep it outside of the model"
-)
 
 
 @dataclass
@@ -327,6 +322,7 @@ def lower(
     """
     low = Lowering(program, target, chosen=chosen or {})
     nodes = list(program.graph.nodes)
+    refuse_float(program, target)
     for node in program.placeholders():
         for size in node.meta["val"].shape:
             if not isinstance(size, int):
@@ -357,8 +353,6 @@ def lower(
                     emitters[node.target](low, node)
                 elif is_int8(node):
                     raise low.error(node, "no kernel for this operator")
-                elif isinstance(target.isa, Gpu) and is_tensor(node):
-                    raise low.error(node, "it stays float, and GPUs have no float kernels here", _ALL_INTEGER)
                 elif not isinstance(node.meta.get("val"), (torch.SymInt, int)):
                     low.define_float(node, float_ops.emit(node))
             outputs = [_output(low, n) for n in program.outputs()]

@@ -34,6 +34,7 @@ from qcompile.targets.emitters import emitters_for
 from qcompile.targets.function import Kernel
 from qcompile.targets.lower import lower
 from qcompile.targets.measure import TIMEOUT, Candidate, Race, Remote, answers, build_candidate, pool_of, run_race
+from qcompile.targets.requests import refuse_tuning
 from qcompile.targets.trial import Trial
 from qcompile.targets.workers import Workers
 from qcompile.targets.workload import Chosen, Workload
@@ -156,6 +157,7 @@ def where_to_measure(target: Target, tuning: Tuning, threads: int | None) -> Rem
     """
     if tuning.database is None:
         raise ConfigError("tuning has no database to remember in", remedy='give a path: Tuning("tuned.sqlite")')
+    refuse_tuning(target, tuning)
     check_threads(threads, None if tuning.address else pool_size())
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"tuning needs {' and '.join(missing)}", remedy="pip install 'qcompile[tune]'")
