@@ -50,6 +50,11 @@ def compile_device(source: str, names: Sequence[str], include: Sequence[Path] = 
 
     What the compiler says where it refuses is the text of the error.
     """
+    return link([compile_object(source, names, include)])
+
+
+def compile_object(source: str, names: Sequence[str], include: Sequence[Path] = (DEVICE,)) -> Path:
+    """A part of such a library."""
     headers = {path.name: path for folder in include for path in sorted(folder.glob("*.cuh"))}
     headers.pop("instructions.cuh", None)  # a header's own folder is searched first: there, it would be found
     unit = '#include "instructions.cuh"\n#line 1 "kernels.cu"\n' + source
@@ -59,13 +64,29 @@ def compile_device(source: str, names: Sequence[str], include: Sequence[Path] = 
         for name, path in headers.items():
             shutil.copy(path, folder / name)
         (folder / "kernels.cpp").write_text(unit)
-        places = (f"-I{folder}", f"-I{EMULATED}")
+        places = (f"-I{folder}", f"-I{_built(_build_language, *language)}")
         _gcc(*_LIBRARY, *_ARITHMETIC, *_CHECKS, *places, "-c", folder / "kernels.cpp", "-o", folder / "kernels.o")
-        # Linked without the checks, which would bring a library that ends the process at the first error.
-        _gcc("-shared", "-Wl,-z,defs", folder / "kernels.o", "-o", folder / "kernels.so")
 
-    read = [*sorted(EMULATED.glob("*.h")), *sorted(EMULATED.glob("*.cuh")), *headers.values()]
-    return (_built(build, unit, *read) / "kernels.so").read_bytes()
+    language = sorted(path for path in EMULATED.iterdir() if path.suffix in (".h", ".cuh"))
+    return _built(build, unit, *language, *headers.values()) / "kernels.o"
+
+
+def _build_language(folder: Path) -> None:
+    """The headers of the emulator, the first one compiled: reading them takes longer than most kernels do."""
+    for path in EMULATED.iterdir():
+        shutil.copy(path, folder)
+    header = folder / "instructions.cuh"
+    _gcc(*_LIBRARY, *_ARITHMETIC, *_CHECKS, "-x", "c++-header", header, "-o", f"{header}.gch")
+
+
+def link(objects: Sequence[Path]) -> bytes:
+    """The shared library of what `compile_object` made."""
+
+    def build(folder: Path) -> None:
+        # Linked without the checks, which would bring a library that ends the process at the first error.
+        _gcc("-shared", "-Wl,-z,defs", *objects, "-o", folder / "kernels.so")
+
+    return (_built(build, *objects) / "kernels.so").read_bytes()
 
 
 def run(

@@ -29,8 +29,9 @@ def unavailable() -> str:
 
 
 def emulated(entries: list[Entry], gpu: Gpu) -> bytes:
-    """The device code of `entries`, for the emulated GPU."""
-    return cuda_emulator.compile_device(cuda.source_of(entries), [entry.name for entry in entries])
+    """The device code of `entries`, for the emulated GPU: each compiled by itself, as many networks have the same."""
+    objects = [cuda_emulator.compile_object(cuda.source_of([entry]), [entry.name]) for entry in entries]
+    return cuda_emulator.link(objects)
 
 
 @contextmanager
