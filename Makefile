@@ -6,7 +6,7 @@ BIN := .venv/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench bench-quality bench-answers bench-avx2 litert arm-tools clean
+.PHONY: help demo test test-all lint docs bench bench-quality bench-answers bench-avx2 test-cuda bench-cuda litert arm-tools clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -19,6 +19,13 @@ test: lint arm-tools ## what has to pass before a change goes in
 
 test-all: lint arm-tools ## the same, and the slow tests as well
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# VENV= (nothing) takes $(PYTHON) as it is, and installs nothing: where there is a PyTorch for the GPU already.
+VENV ?= .venv
+GPU_PYTHON := $(if $(VENV),$(BIN)/python,$(PYTHON))
+
+test-cuda: $(if $(VENV),.venv/installed-test) ## run every kernel for GPUs on the GPU of this machine
+	QCOMPILE_TEST_GPU=1 $(GPU_PYTHON) -m pytest -q -n $(JOBS) --dist worksteal -m cuda tests/targets
 
 lint: .venv/installed-test ## style and types
 	$(BIN)/ruff check .
@@ -43,6 +50,9 @@ bench-answers: .venv/installed-bench ## measure what quantization does to precis
 bench-avx2: .venv/installed-bench ## measure x86-avx2 beside ONNX Runtime held to AVX2; rewrites docs/benchmarks.md
 	$(BIN)/python -m benchmarks.avx2
 	$(BIN)/python -m benchmarks.report
+
+bench-cuda: $(if $(VENV),.venv/installed-bench) ## measure the GPU of this machine beside PyTorch on it; rewrites docs/cuda.md
+	$(GPU_PYTHON) -m benchmarks.cuda
 
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"

@@ -11,6 +11,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import arm
 import gpu_machine
+import gpu_table
 import pytest
 
 
@@ -34,3 +35,16 @@ def gpu() -> Iterator[gpu_machine.GpuMachine]:
         pytest.skip(f"code for GPUs cannot run here: {reason}")
     with gpu_machine.GpuMachine() as machine:
         yield machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            gpu_table.name(item)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """On a real GPU, what each target of it got right."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    if gpu_machine.REAL and (text := gpu_table.table(reports)):
+        terminalreporter.write(f"\n{text}")

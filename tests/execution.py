@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from arm import ArmMachine
-from gpu_machine import GpuMachine, compiling
+from gpu_machine import REAL, GpuMachine, compiling
+from gpu_table import record
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -22,12 +23,14 @@ from torch.utils import _pytree as pytree
 
 from qcompile.artifact import Artifact, TensorSpec
 from qcompile.device import lacks
+from qcompile.errors import BuildError
 from qcompile.ir import InputSpec, Program, Stage, add_constant, propagate
 from qcompile.ops import Act, Row, Sample
 from qcompile.runtime import Model
 from qcompile.specs import output_specs
 from qcompile.targets import Target, get, names
 from qcompile.targets.build import build
+from qcompile.targets.cuda.compile import compiler
 from qcompile.targets.nvidia import Gpu
 
 TARGETS = tuple(name for name in names() if name != "native")
@@ -42,14 +45,17 @@ def native_vectors() -> str:
     return max(able, key=lambda name: get(name).rank) if able else get("native").name
 
 
-def quick(targets: Sequence[str]) -> list[Any]:
-    """Parameters for the sweeps of integer kernels. Of targets whose integers mostly go the same way, `make test` takes
-    one: of those with AVX-512 the best that this machine can run, of GPUs with tensor cores one that copies ahead."""
+def quick(targets: Sequence[str], gpus: Sequence[str] = ("cuda-sm_61", "cuda-sm_80")) -> list[Any]:
+    """Parameters for the sweeps of integer kernels. Of the targets with AVX-512, whose integers mostly go the same way,
+    `make test` takes the best one that this machine can run; of GPUs `gpus`: one with tensor cores, and one without."""
     alike = {name for name in X86 if "avx512f" in get(name).features}
     able = [name for name in alike if not lacks("x86_64", get(name).features)]
     best = max(able, key=lambda name: get(name).rank, default=None)
-    late = (alike - {best}) | set(CUDA) - {"cuda-sm_61", "cuda-sm_80"}
-    return [pytest.param(name, marks=pytest.mark.slow) if name in late else name for name in targets]
+    slow = (alike - {best}) | (set(CUDA) - set(gpus))
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in slow) + [pytest.mark.cuda] * (name in CUDA))
+        for name in targets
+    ]
 
 
 def program_of(
@@ -129,10 +135,17 @@ def run_on(
 
 
 def skip_unless_runnable(name: str) -> None:
-    """Skip an x86 target whose instructions this machine lacks."""
+    """Skip a target whose instructions this machine lacks. ARM is emulated, and so are GPUs unless there is one."""
     target = get(name)
-    if name in X86 and (reason := lacks(target.machine, target.features)):
+    if name in ARM or (name in CUDA and not REAL):
+        return
+    if reason := lacks(target.machine, target.features):
         pytest.skip(f"{name}: this machine {reason}")
+    if isinstance(target.isa, Gpu):
+        try:
+            compiler(target.isa)
+        except BuildError as error:
+            pytest.skip(f"{name}: {error.what}")
 
 
 def reshuffled(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -170,6 +183,8 @@ def mismatches(
     found = []
     for run, (inputs, outputs) in enumerate(zip(cases, results, strict=True)):
         for label, got, want in zip(labels, outputs, program(*inputs), strict=True):
-            if count := different(got, want):
+            count = different(got, want)
+            record(request.node, count, want.numel())
+            if count:
                 found.append(Mismatch(f"run {run}: {label}", count, want.numel()))
     return found

@@ -48,7 +48,8 @@ class GpuMachine(FarMachine):
     """A process with a GPU that runs artifacts."""
 
     def __init__(self) -> None:
-        paths = os.pathsep.join([str(cuda_emulator.ROOT), str(cuda_emulator.ROOT / "tests")])
+        before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        paths = os.pathsep.join([str(cuda_emulator.ROOT), str(cuda_emulator.ROOT / "tests"), *filter(None, before)])
         super().__init__([sys.executable, str(Path(__file__))], {**os.environ, "PYTHONPATH": paths})
 
 

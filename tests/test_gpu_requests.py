@@ -80,18 +80,6 @@ def test_strict_does_not_offer_what_the_gpu_cannot_do() -> None:
     assert "strict=False" not in str(caught.value)
 
 
-def test_progress_counts_the_gpus_step() -> None:
-    heard: list[tuple[str, int, int | None]] = []
-    with gpu_machine.compiling():
-        qcompile.compile(
-            network(),
-            TARGET,
-            calibration=images(2),
-            progress=lambda step, done, total: heard.append((step, done, total)),
-        )
-    assert heard[-1] == ("compiling for the GPU", 4, 4)
-
-
 def test_without_a_gpu_its_model_is_saved_inspected_and_compared_but_not_run(
     compiled: CompiledModel, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ def _with_kernels(targets: list[Any]) -> list[Any]:
     """Every row on every target that has a kernel for it."""
     return [
         pytest.param(row, name, marks=marks, id=f"{row.name}-{name}")
-        for name, marks in ((t.values[0], t.marks) if hasattr(t, "marks") else (t, ()) for t in targets)
+        for name, marks in ((target.values[0], target.marks) for target in targets)
         for row in ops.ROWS
         if operator(row) in emitters_for(get(name))
     ]

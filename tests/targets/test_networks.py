@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from arm import ArmMachine
-from execution import ARM, TARGETS, X86, different, quick, run_on, skip_unless_runnable
+from execution import ARM, CUDA, TARGETS, X86, artifact_of, different, quick, run_on, skip_unless_runnable
+from gpu_machine import REAL, compiling
+from gpu_table import record
 from networks import FULL, REDUCED, Network, images
 from torch import Tensor, fx
 
@@ -20,7 +23,6 @@ from qcompile.targets import get
 from qcompile.targets.capability import objection
 
 reduced = pytest.mark.parametrize("network", REDUCED, ids=str)
-every_target = pytest.mark.parametrize("target", quick(TARGETS))
 
 
 @cache
@@ -38,15 +40,20 @@ def answers(network: Network) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
 
 def artifact_for(network: Network, target: str) -> Artifact:
     """Refused where an operator stayed float."""
-    return compile_program(quantized(network), get(target), strict=True).artifact
+    with compiling():
+        return compile_program(quantized(network), get(target), strict=True).artifact
 
 
 def mismatching(network: Network, target: str, request: pytest.FixtureRequest) -> int:
     """How many elements of the outputs differ from the reference, over two inputs."""
     skip_unless_runnable(target)
     outputs = run_on(artifact_for(network, target), [[x] for x, _ in answers(network)], request)
-    pairs = zip(outputs, answers(network), strict=True)
-    return sum(different(got, want) for run, (_, wants) in pairs for got, want in zip(run, wants, strict=True))
+    wrong = 0
+    for got, (_, wants) in zip(outputs, answers(network), strict=True):
+        for array, want in zip(got, wants, strict=True):
+            wrong += (count := different(array, want))
+            record(request.node, count, want.numel())
+    return wrong
 
 
 class Distinct(fx.Interpreter):
@@ -73,17 +80,42 @@ def test_a_network_is_alive_throughout(network: Network) -> None:
     assert not torch.equal(first, second)
 
 
-@every_target
-@reduced
+def _reduced() -> list[Any]:
+    """Every target with every network; of those for GPUs, long to compile, `make test` has two."""
+    rare = {network for network in REDUCED if network.name not in ("resnet18", "mobilenetv2")}
+    return [
+        pytest.param(
+            network,
+            *target.values,
+            marks=[*target.marks, *[pytest.mark.slow] * (network in rare and target.values[0] in CUDA)],
+        )
+        for network in REDUCED
+        for target in quick(TARGETS)
+    ]
+
+
+@pytest.mark.parametrize(("network", "target"), _reduced(), ids=str)
 def test_a_network_gives_the_bits_of_its_reference(
     network: Network, target: str, request: pytest.FixtureRequest
 ) -> None:
     assert mismatching(network, target, request) == 0
 
 
+def _full() -> list[Any]:
+    """Every target with every network; one for a GPU that is emulated takes smaller images."""
+    pairs = [(network, target) for network in FULL for target in quick(TARGETS)]
+    return [
+        pytest.param(
+            replace(network, size=64) if target.values[0] in CUDA and not REAL else network,
+            *target.values,
+            marks=target.marks,
+        )
+        for network, target in pairs
+    ]
+
+
 @pytest.mark.slow
-@every_target
-@pytest.mark.parametrize("network", FULL, ids=str)
+@pytest.mark.parametrize(("network", "target"), _full(), ids=str)
 def test_a_network_of_full_size_gives_the_bits_of_its_reference(
     network: Network, target: str, request: pytest.FixtureRequest
 ) -> None:
@@ -105,3 +137,17 @@ def test_the_number_of_threads_changes_no_bit(target: str) -> None:
     for threads in (1, None):  # None: all cores
         model = CompiledModel(artifact, quantized(REDUCED[0]).program, get(target), threads=threads)
         assert [different(model(x).numpy(), want) for x, (want,) in answers(REDUCED[0])] == [0, 0]
+
+
+@pytest.mark.parametrize("target", quick(CUDA))
+def test_a_network_for_a_gpu_takes_every_batch(target: str, request: pytest.FixtureRequest) -> None:
+    """Also where a grid of blocks depends on it."""
+    skip_unless_runnable(target)
+    network, batch = REDUCED[0], torch.export.Dim("batch", min=1, max=8)
+    dynamic = quantize(network.model(), calibration=network.calibration(), dynamic_shapes=({0: batch},))
+    cases = [[images(size, network.size, seed=8)] for size in (1, 5, 2)]
+    outputs = run_on(artifact_of(dynamic.program, get(target)), cases, request)
+    for got, inputs in zip(outputs, cases, strict=True):
+        (want,) = dynamic.program(*inputs)
+        record(request.node, different(got[0], want), want.numel())
+        assert different(got[0], want) == 0

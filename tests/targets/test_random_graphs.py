@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from execution import ARM, X86, different, quick, run_on, skip_unless_runnable
+from execution import ARM, CUDA, X86, different, quick, run_on, skip_unless_runnable
+from gpu_machine import REAL, compiling
+from gpu_table import record
 from graphs import Apply, Graph, graphs
 from hypothesis import HealthCheck, given, settings
 from passing import randomize
@@ -23,24 +25,26 @@ def mismatching(graph: Graph, target: str, request: pytest.FixtureRequest) -> li
     """How many elements of each output, over several inputs, are not the reference's."""
     skip_unless_runnable(target)
     batch = torch.export.Dim("batch", min=1, max=8)
-    compiled = qcompile.compile(
-        graph,
-        target,
-        calibration=[graph.sample(seed) for seed in (1, 2)],
-        dynamic_shapes=(tuple({0: batch} for _ in graph.inputs),) if graph.dynamic else None,
-        strict=True,
-    )
+    with compiling():
+        compiled = qcompile.compile(
+            graph,
+            target,
+            calibration=[graph.sample(seed) for seed in (1, 2)],
+            dynamic_shapes=(tuple({0: batch} for _ in graph.inputs),) if graph.dynamic else None,
+            strict=True,
+        )
     # The second is far out of the calibrated range: it saturates.
     cases = [graph.sample(3), graph.sample(4, spread=3.0)]
     if graph.dynamic:
         cases += [graph.sample(5, batch=size) for size in (1, 7)]
     runs = run_on(compiled.artifact, cases, request)
     wanted = [compiled.program(*inputs) for inputs in cases]
-    return [
-        different(got, want)
-        for outputs, wants in zip(runs, wanted, strict=True)
-        for got, want in zip(outputs, wants, strict=True)
-    ]
+    found = []
+    for outputs, wants in zip(runs, wanted, strict=True):
+        for got, want in zip(outputs, wants, strict=True):
+            found.append(different(got, want))
+            record(request.node, found[-1], want.numel())
+    return found
 
 
 @pytest.mark.parametrize("target", quick(X86))
@@ -95,6 +99,34 @@ def test_many_random_networks_give_the_bits_of_their_references(
 @bounded(50)
 @given(graph=graphs(dynamic=True))
 def test_many_random_networks_give_the_same_bits_for_every_batch_size(
+    target: str, graph: Graph, request: pytest.FixtureRequest
+) -> None:
+    assert not any(mismatching(graph, target, request))
+
+
+@pytest.mark.parametrize("target", quick(CUDA, gpus=["cuda-sm_80"]))
+@bounded(4)
+@given(graph=graphs())
+def test_a_random_network_gives_the_bits_of_its_reference_on_a_gpu(
+    target: str, graph: Graph, request: pytest.FixtureRequest
+) -> None:
+    assert not any(mismatching(graph, target, request))
+
+
+@pytest.mark.parametrize("target", quick(CUDA, gpus=["cuda-sm_80"]))
+@bounded(3)
+@given(graph=graphs(dynamic=True))
+def test_a_random_network_gives_the_same_bits_for_every_batch_size_on_a_gpu(
+    target: str, graph: Graph, request: pytest.FixtureRequest
+) -> None:
+    assert not any(mismatching(graph, target, request))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", quick(CUDA))
+@bounded(10 if REAL else 50)  # NVIDIA's compiler takes its time
+@given(graph=graphs(dynamic=True))
+def test_many_random_networks_give_the_bits_of_their_references_on_a_gpu(
     target: str, graph: Graph, request: pytest.FixtureRequest
 ) -> None:
     assert not any(mismatching(graph, target, request))
