@@ -143,6 +143,14 @@ def _gpu() -> tuple[int, int] | str:
     return f"has an NVIDIA driver that does not start (error {status} of CUDA)" if status else (found[0], found[1])
 
 
+def gpu_name() -> str:
+    """What the first GPU is called; "" where there is none that code for GPUs can run on."""
+    name = ctypes.create_string_buffer(256)
+    if gpu() is None or ctypes.CDLL(_DRIVER).cuDeviceGetName(name, len(name), 0):
+        return ""
+    return name.value.decode(errors="replace")
+
+
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,6 +22,12 @@ int cuDeviceGetAttribute(int *found, int attribute, int device) {{
     *found = attribute == 75 ? major : minor;
     return 0;
 }}
+int cuDeviceGetName(char *name, int bytes, int device) {{
+    const char text[] = "NVIDIA Test 1000";
+    if (device != 0 || bytes < sizeof text) return 1;
+    for (int i = 0; i < sizeof text; i++) name[i] = text[i];
+    return 0;
+}}
 """
 GPU = {"version": 13000, "count": 1, "initialized": 0, "major": 7, "minor": 5}
 
@@ -46,6 +52,7 @@ def _asked(folder: Path, features: str, **driver: int) -> str:
     code = f"""
 from qcompile import device
 print(device.lacks(device.machine()[0], {features.split()!r}), "|", device.gpu())
+assert device.gpu_name() == ("" if device.gpu() is None else "NVIDIA Test 1000")
 """
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
