@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from queue import PriorityQueue
 from typing import Any
 
 from tvm.support.popen_pool import PopenWorker, kill_child_processes
@@ -32,9 +32,11 @@ class Workers:
     def __init__(self, count: int, timeout: float) -> None:
         self._timeout = timeout
         self._workers = [_Worker() for _ in range(count)]
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
+        # The first idle one works, so that tasks one after the other share a process, with what it has at hand: its
+        # pool of threads, or its part of a GPU.
+        self._idle: PriorityQueue[int] = PriorityQueue()
+        for number in range(count):
+            self._idle.put(number)
         self._threads = ThreadPoolExecutor(count)
 
     def __enter__(self) -> Workers:
@@ -57,12 +59,16 @@ class Workers:
         return self._threads.submit(self._run, function, arguments, timeout or self._timeout)
 
     def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> Any:
-        worker = self._idle.get()
+        number = self._idle.get()
+        worker = self._workers[number]
         try:
             worker.send(function, arguments, timeout=timeout)
             return worker.recv()
+        except Exception:
+            worker.kill()  # a GPU whose kernel has failed does nothing more for its process
+            raise
         finally:
-            self._idle.put(worker)
+            self._idle.put(number)
 
 
 class _Worker(PopenWorker):
