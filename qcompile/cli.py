@@ -229,8 +229,8 @@ def tune(
     from qcompile.quantizer import quantize
     from qcompile.targets import get
     from qcompile.targets.capability import objection
+    from qcompile.targets.places import where_to_measure
     from qcompile.targets.tune import tune as tune_kernels
-    from qcompile.targets.tune import where_to_measure
     from qcompile.tuning import Tuning
 
     where, tuning = get(target), Tuning(database, device=device)

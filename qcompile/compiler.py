@@ -87,7 +87,7 @@ def compile(
         QcompileError: every mistake has its subclass, see `qcompile.errors`.
     """
     where = target if isinstance(target, Target) else get(str(target), numerics == BFLOAT16)
-    requests.check(where, threads=threads, tuning=tuning, numerics=numerics, max_accuracy_drop=max_accuracy_drop)
+    requests.check(where, threads=threads, numerics=numerics, max_accuracy_drop=max_accuracy_drop)
     check_threads(threads, None if lacks(where.machine, where.features) else pool_size())
     metrics.check(max_accuracy_drop, metric, evaluation, strict)
     if max_accuracy_drop is not None or numerics != "int8":

@@ -95,6 +95,17 @@ def linker(target: Target) -> str:
     )
 
 
+def tools(target: Target) -> str:
+    """The linker of `target`; that its compilers are there too is found before any work.
+
+    Raises:
+        BuildError: one of them is not.
+    """
+    if isinstance(target.isa, Gpu):
+        cuda.compiler(target.isa)
+    return linker(target)
+
+
 def build(program: Program, target: Target, progress: Progress | None = None, chosen: Chosen | None = None) -> Built:
     """Compile an integer program for `target`; `progress` hears the name of each step, `chosen` is what
     tuning found.
@@ -103,9 +114,7 @@ def build(program: Program, target: Target, progress: Progress | None = None, ch
         BuildError: an operator that cannot be lowered, or no linker.
     """
     say = progress or (lambda step: None)
-    command = linker(target)
-    if isinstance(target.isa, Gpu):
-        cuda.compiler(target.isa)  # that there is one is found before any work
+    command = tools(target)
     say("lowering")
     lowered = lower(program, target, emitters_for(target), chosen)
     say("compiling")

@@ -4,6 +4,8 @@ SQLite gives what such a file needs: several processes write it at once, a proce
 leaves it whole, and two of them merge in one statement. A row is keyed by the operator, its shape, the
 processor features that the machine code uses, the versions of what generates that code, and the threads
 it was measured with. The name of the processor is written down for the reader; it is not part of the key.
+
+A GPU has no threads to choose: its rows have none.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ SHIPPED = Path(__file__).parent / "tuned.sqlite"
 """What the benchmark models were tuned to; used where the user gives nothing better."""
 
 FORMAT = 2
+NO_THREADS = 0  # of a row for a GPU
 _APPLICATION = 0x71636D74  # "qcmt": tells this file from any other that SQLite wrote
 _WAIT = 30.0  # seconds for another process to finish writing
 
@@ -38,7 +41,7 @@ class Entry:
         operator, shape: `Workload.key`.
         features: `features_of(target)`.
         toolchain: `toolchain()`.
-        threads: it was measured with.
+        threads: it was measured with, or NO_THREADS.
         config: the fields of its config, as JSON; "{}" stands for the default, whatever that is.
         gain: how many times as fast as the default config it is.
         microseconds: of a call, on that machine.

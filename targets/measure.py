@@ -1,7 +1,7 @@
 """What tuning runs in processes of its own: building a candidate, and racing several.
 
 Measuring is the same on this machine and on a device behind a TVM RPC tracker: there a session takes the place
-of the local runtime.
+of the local runtime. On a GPU, tensors lie in its memory, and a library is given the device code that it launches.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tvm
 from safetensors.numpy import load_file
 from tvm import relax, rpc
 
+from qcompile import cuda
 from qcompile.errors import ConfigError
 from qcompile.executable import BIG_CORES, set_threads
 from qcompile.targets.build import compile_module, link
@@ -50,17 +51,30 @@ class Remote:
 
 
 @dataclass(frozen=True)
+class LocalGpu:
+    """The GPU of this machine."""
+
+
+Place = Remote | LocalGpu | None
+"""Where candidates run; None: on this machine's processor."""
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A built library.
 
     Attributes:
         constants: a safetensors file with what its kernel takes.
         pools: the names of these tensors, in order.
+        copies: of each that it is given, one after the other in one tensor.
+        device_code: for a GPU, files with the kernels that it launches, each with what TVM must know of them.
     """
 
     library: Path
     constants: Path
     pools: tuple[str, ...]
+    copies: int = 1
+    device_code: tuple[tuple[Path, str], ...] = ()
 
 
 def build_candidate(module: Any, tvm_target: dict[str, Any], linker: str, path: Path) -> None:
@@ -69,11 +83,11 @@ def build_candidate(module: Any, tvm_target: dict[str, Any], linker: str, path: 
 
 
 def answers(
-    candidate: Candidate, inputs: Sequence[Sequence[np.ndarray]], threads: int, remote: Remote | None
+    candidate: Candidate, inputs: Sequence[Sequence[np.ndarray]], threads: int, place: Place
 ) -> tuple[list[np.ndarray], float]:
     """What a call of the candidate computes from each of `inputs`, the second in the memory of the first; and the
     seconds of a call: of one, or of many in a row where that takes no time."""
-    with _device(threads, remote, TIMEOUT) as device:
+    with _device(threads, place, TIMEOUT) as device:
         machine, constants = device.load(candidate)
         arguments = [[*map(device.tensor, each), *constants] for each in inputs]
         outputs = [machine["once"](*each).numpy() for each in arguments]
@@ -119,7 +133,7 @@ def run_race(
     candidates: Mapping[int, Candidate],
     inputs: Sequence[np.ndarray],
     threads: int,
-    remote: Remote | None,
+    place: Place,
     limit: float,
 ) -> dict[int, tuple[float, float]]:
     """The fastest few of the race: candidate -> (seconds of a call, how many times as fast as the default).
@@ -128,7 +142,7 @@ def run_race(
     on the machine meets all of them, and can only add. `limit`: seconds after which a device drops us.
     """
     function = "main" if race.calls > 1 else "once"
-    with _device(threads, remote, limit) as device:
+    with _device(threads, place, limit) as device:
         arguments = [device.tensor(x) for x in inputs]
         runners = {}
         for index in race.runners:
@@ -152,14 +166,13 @@ def run_race(
 
 
 class _Device:
-    """Where candidates run: this process, or an RPC session."""
+    """Where candidates run: `device` of this process, or of an RPC session."""
 
-    def __init__(self, session: Any = None) -> None:
-        self._session = session
-        self._cpu = tvm.cpu() if session is None else session.cpu()
+    def __init__(self, device: Any, session: Any = None) -> None:
+        self._device, self._session = device, session
 
     def tensor(self, array: np.ndarray) -> Any:
-        return tvm.runtime.tensor(array, self._cpu)
+        return tvm.runtime.tensor(array, self._device)
 
     def load(self, candidate: Candidate) -> tuple[Any, list[Any]]:
         """The library's machine, and the constants where the device can read them."""
@@ -168,13 +181,21 @@ class _Device:
         else:
             self._session.upload(str(candidate.library))
             module = self._session.load_module(candidate.library.name)
-        machine = relax.VirtualMachine(module, self._cpu)
+        for code, kernels in candidate.device_code:
+            _import_kernels(module, code, kernels)
+        machine = relax.VirtualMachine(module, self._device)
         constants = load_file(candidate.constants)
-        return machine, [self.tensor(constants[name]) for name in candidate.pools]
+        return machine, [self.tensor(np.tile(constants[name], candidate.copies)) for name in candidate.pools]
 
     def seconds(self, machine: Any, function: str, number: int, arguments: list[Any]) -> float:
         """The mean of `number` runs, after one to warm up."""
-        return float(machine.time_evaluator(function, self._cpu, number=number, repeat=1)(*arguments).mean)
+        return float(machine.time_evaluator(function, self._device, number=number, repeat=1)(*arguments).mean)
+
+
+def _import_kernels(module: Any, code: Path, kernels: str) -> None:
+    """Let the host code of a library find the kernels that it launches, as `qcompile.gpu` does without tvm."""
+    create, table = map(tvm.get_global_func, ("ffi.Module.create.cuda", "runtime.LoadMetaDataFromJSON"))
+    module.imports[0].import_module(create(code.read_bytes(), "fatbin", table(kernels), {}))
 
 
 def pool_of(remote: Remote) -> int:
@@ -183,20 +204,24 @@ def pool_of(remote: Remote) -> int:
 
 
 @contextmanager
-def _device(threads: int, remote: Remote | None, limit: float) -> Iterator[_Device]:
+def _device(threads: int, place: Place, limit: float) -> Iterator[_Device]:
     """`limit`: seconds after which a device drops us."""
-    if remote is None:
-        set_threads(threads)
-        yield _Device()
+    if isinstance(place, LocalGpu):
+        cuda.load()
+        yield _Device(tvm.cuda(cuda.DEVICE))
         return
-    session = _session(remote, limit)
+    if place is None:
+        set_threads(threads)
+        yield _Device(tvm.cpu())
+        return
+    session = _session(place, limit)
     if (used := _use(session, threads)) != threads:
         raise ConfigError(
             f"{used} threads are used of the {threads} that were asked for",
-            where=str(remote),
+            where=str(place),
             remedy=f"start its server with TVM_NUM_THREADS={threads}",
         )
-    yield _Device(session)
+    yield _Device(session.cpu(), session)
 
 
 def _session(remote: Remote, limit: float) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from qcompile.errors import BuildError, ConfigError
@@ -13,14 +11,12 @@ from qcompile.sites import COVERS
 from qcompile.targets.base import Target
 from qcompile.targets.nvidia import Gpu
 from qcompile.targets.plan import is_int8
-from qcompile.tuning import Tuning
 
 
 def check(
     target: Target,
     *,
     threads: int | None = None,
-    tuning: Tuning | str | Path | None = None,
     numerics: str = "int8",
     max_accuracy_drop: float | None = None,
 ) -> None:
@@ -38,18 +34,6 @@ def check(
             f"{name} is {value!r}, and {target.name} has kernels for int8 alone: nothing can stay float there",
             where=name,
             remedy=f"leave {name} out, or compile for a processor",
-        )
-    refuse_tuning(target, tuning)
-
-
-def refuse_tuning(target: Target, tuning: Tuning | str | Path | None) -> None:
-    """Raise ConfigError where `tuning` has a database and `target` is a GPU."""
-    database = tuning.database if isinstance(tuning, Tuning) else tuning
-    if isinstance(target.isa, Gpu) and database is not None:
-        raise ConfigError(
-            f"{target.name} is a GPU, whose kernels are not tuned: their tiles are chosen by a count of the work",
-            where="tuning",
-            remedy="leave tuning out, or compile for a processor",
         )
 
 

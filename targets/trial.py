@@ -1,13 +1,14 @@
 """One kernel by itself, as it would run in its network: what it is called with, and what it must answer.
 
 The module calls the kernel several times on the same activations, each time with another copy of its
-constants: in a network too, weights come from beyond the second-level cache and activations do not.
+constants: in a network too, others have used the cache since this kernel last read its weights, and its activations
+have just been written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,24 @@ from qcompile.targets.layout import Dim, Layout
 from qcompile.targets.stored import stored, wrong
 from qcompile.targets.workload import Workload
 
-COLD_BYTES = 4 << 20  # of weights, among which the calls of a run take turns
-MOST_COPIES = 16
 SETS = 2  # of inputs: the second finds in memory what the first has left there
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Among how many copies of its weights the calls of a kernel take turns.
+
+    Attributes:
+        weight_bytes: of all copies together, or a little more.
+        most: copies.
+    """
+
+    weight_bytes: int
+    most: int
+
+    def copies(self, weight_bytes: int) -> int:
+        """Of the weights of one kernel, two or more."""
+        return min(self.most, 2 + self.weight_bytes // weight_bytes)
 
 
 class Trial:
@@ -34,10 +50,10 @@ class Trial:
 
     Attributes:
         inputs: SETS lists of flat stored activations.
-        calls: of the kernel in one run of "main" of `module`.
+        calls: of the kernel in one run of "main" of `module`, each with its own copy of the constants.
     """
 
-    def __init__(self, program: Program, workload: Workload, seed: int = 0) -> None:
+    def __init__(self, program: Program, workload: Workload, rotation: Rotation, seed: int = 0) -> None:
         self._workload = workload
         self._sizes = {
             str(size.node.expr): int(size.node.hint)
@@ -58,7 +74,7 @@ class Trial:
                 [stored(values[source], place, fill, workload.isa, rng) for source, place, fill in places]
             )
             self._wanted.append(_reference(program, node, values))
-        self.calls = min(MOST_COPIES, 2 + COLD_BYTES // workload.filters.weight.nbytes)
+        self.calls = rotation.copies(workload.filters.weight.nbytes)
 
     def exact(self, outputs: Sequence[np.ndarray]) -> bool:
         """Whether these are the bits of the reference, for every set of inputs."""
@@ -71,12 +87,17 @@ class Trial:
         return all(wrong(output, layout, want, fill, isa) == 0 for output, want in pairs)
 
     def constants(self, kernel: Kernel) -> dict[str, np.ndarray]:
-        """The pools of `kernel`, with as many copies of its constants as there are calls."""
+        """The pools of `kernel`; `module` takes as many copies of each, one after the other, as there are calls."""
         pools, _ = _pooled(kernel)
-        return {dtype: np.tile(pool.data(), self.calls) for dtype, pool in pools.items()}
+        return {dtype: pool.data() for dtype, pool in pools.items()}
 
     def module(self, kernel: Kernel) -> tvm.IRModule:
-        """Two functions (*inputs, *pools) -> the output of the last call: "main" of `calls`, "once" of one."""
+        """Two functions (*inputs, *pools): "once" calls the kernel and returns its output; "main" makes `calls` calls.
+
+        "main" returns nothing that it computed, and what it is given counts as constant: so a GPU gets all its calls as
+        one graph of launches, as it gets a network. Launched one by one, kernels of a few microseconds would only show
+        how long a launch takes.
+        """
         builder = relax.BlockBuilder()
         function = builder.add_func(kernel.func, "kernel")
         self._add(builder, function, kernel, "once", 1)
@@ -92,16 +113,21 @@ class Trial:
         ]
         tables = [relax.Var(d, relax.TensorType((pool.size * self.calls,), d)) for d, pool in pools.items()]
         sizes = [relax.prim_value(self._sizes[str(symbol)]) for symbol in workload.symbols]
-        output = relax.TensorType((self._concrete(workload.shape.y).size,), workload.isa.storage)
-        with builder.function(name, [*flat, *tables]):
+        outputs = [relax.TensorType((self._concrete(workload.shape.y).size,), workload.isa.storage)]
+        if kernel.scratch:
+            outputs.append(relax.TensorType((kernel.scratch,), "int32"))
+        parameters, alone = [*flat, *tables], name == "once"
+        with builder.function(name, parameters, {"num_input": len(parameters) if alone else 0}):
             for call in range(calls):
                 copies = [
                     relax.prim_value(start + call * pools[str(value.dtype)].size)
                     for start, value in zip(starts, kernel.constants, strict=True)
                 ]
-                arguments = relax.Tuple([*flat, *tables, *copies, *sizes])
-                result = builder.emit(relax.call_tir(function, arguments, output))
-            builder.emit_func_output(result)
+                arguments = relax.Tuple([*parameters, *copies, *sizes])
+                result = builder.emit(relax.call_tir(function, arguments, outputs if kernel.scratch else outputs[0]))
+            if alone and kernel.scratch:
+                result = builder.emit(relax.TupleGetItem(result, 0))
+            builder.emit_func_output(result if alone else flat[0])
 
     def _concrete(self, layout: Layout) -> Layout:
         return replace(layout, shape=tuple(map(self._number, layout.shape)), pitch=self._number(layout.pitch))

@@ -5,43 +5,44 @@ the bits of the reference, and then races the others on the target. So few candi
 than to measure all of them briefly and the fastest again.
 
 A candidate runs as it would in the network: called by the same virtual machine, with other weights at every
-call (copies that together exceed the second-level cache), its input as a former layer has left it.
+call (copies that together exceed the second-level cache), its input as a former layer has left it. What this means
+on a GPU is said at `_bench`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from qcompile.device import cores, lacks, processor
-from qcompile.errors import BuildError, ConfigError, DeviceError
-from qcompile.executable import check_threads, pool_size
+from qcompile.device import cores, gpu_name, processor
+from qcompile.errors import BuildError
+from qcompile.executable import pool_size
 from qcompile.ir import Program, source, where
 from qcompile.targets.base import Target
-from qcompile.targets.build import linker
+from qcompile.targets.build import tools
 from qcompile.targets.database import SHIPPED, Database, Entry, features_of, nearest, toolchain
+from qcompile.targets.device_code import DeviceCode
 from qcompile.targets.emitters import emitters_for
 from qcompile.targets.function import Kernel
 from qcompile.targets.lower import lower
-from qcompile.targets.measure import TIMEOUT, Candidate, Race, Remote, answers, build_candidate, pool_of, run_race
-from qcompile.targets.requests import refuse_tuning
-from qcompile.targets.trial import Trial
+from qcompile.targets.measure import TIMEOUT, Candidate, LocalGpu, Place, Race, answers, build_candidate, run_race
+from qcompile.targets.places import local, reason_of, threads_at, where_to_measure
+from qcompile.targets.trial import Rotation, Trial
 from qcompile.targets.workers import Workers
 from qcompile.targets.workload import Chosen, Workload
 from qcompile.tuning import Tuning
 
-NEEDED = ("cloudpickle", "psutil")  # by TVM's worker processes
-MOST_CANDIDATES = 24
+MOST_CANDIDATES, MOST_ON_GPU = 24, 40
+COLD = Rotation(4 << 20, 16)  # more than a second-level cache
+LARGEST_ON_GPU, MOST_LAUNCHES = 64 << 20, 32  # of a rotation on a GPU
 PATIENCE = 3.0  # times as long as it takes by itself a race may take: others may be using the machine
 MOST_FAILURES = 3  # kernels in turn that cannot be measured: then it is not them
 WORTH = 1.03  # times as fast as the default a config must be to take its place: less is noise
@@ -86,7 +87,10 @@ def best_known(
     if tuning.database is not None and tuning.measure:
         tune(program, target, tuning, threads, progress)
     shipped = Database(SHIPPED).entries() if tuning.shipped else []
-    entries = [entry for entry in shipped if entry.processor == processor()]
+    entries = [entry for entry in shipped if entry.features == features_of(target)]
+    if entries:  # only then is the driver of a GPU asked
+        here = _processor(local(target))
+        entries = [entry for entry in entries if entry.processor == here]
     if tuning.database is not None:
         entries += Database(tuning.database).entries()
     return nearest(entries, target, threads or pool_size())
@@ -120,17 +124,19 @@ def tune(
             code for `target` cannot run on a device.
         BuildError: a layer cannot be lowered, or measured; or there is no linker.
     """
-    remote = where_to_measure(target, tuning, threads)
+    place = where_to_measure(target, tuning, threads)
     assert tuning.database is not None
     database = Database(tuning.database)
     database.prepare()
     # All cores build together; measuring is one task at a time, while the other workers sleep.
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder, Workers(cores(), TIMEOUT) as workers:
-        threads = _threads(threads, remote, workers)
+        threads = threads_at(place, threads, workers)
         known = database.chosen(target, threads, exactly=True)
-        unknown = [w for w in lower(program, target, emitters_for(target)).workloads if not w.settled(known)]
+        lowered = lower(program, target, emitters_for(target))
+        unknown = [workload for workload in lowered.workloads if not workload.settled(known)]
         failures = 0
-        tuner = Tuner(program, target, threads, remote, workers, Path(folder))
+        bench = _bench(place, threads, sum(pool.nbytes for pool in lowered.constants.values()))
+        tuner = Tuner(program, target, bench, workers, Path(folder))
         for done, workload in enumerate(unknown):
             if progress is not None:
                 progress("tuning", done, len(unknown))
@@ -149,73 +155,51 @@ def tune(
             progress("tuning", len(unknown), len(unknown))
 
 
-def where_to_measure(target: Target, tuning: Tuning, threads: int | None) -> Remote | None:
-    """A device, or None for this machine; whatever forbids to tune is found here, before any work.
+def _processor(place: Place) -> str:
+    """What a row says of where it was measured."""
+    if isinstance(place, LocalGpu):
+        return gpu_name()
+    return processor() if place is None else str(place)
 
-    Raises:
-        ConfigError, DeviceError: as `tune` does.
+
+@dataclass(frozen=True)
+class Bench:
+    """Where candidates are measured, and what of measuring depends on it.
+
+    Attributes:
+        threads: of a call, as `threads_at` says.
+        most: candidates.
+        rotation: of their weights.
     """
-    if tuning.database is None:
-        raise ConfigError("tuning has no database to remember in", remedy='give a path: Tuning("tuned.sqlite")')
-    refuse_tuning(target, tuning)
-    check_threads(threads, None if tuning.address else pool_size())
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(f"tuning needs {' and '.join(missing)}", remedy="pip install 'qcompile[tune]'")
-    remote = Remote(*tuning.address) if tuning.address else None
-    here = lacks(target.machine, target.features)
-    if remote is None and here:
-        raise DeviceError(
-            f"code for {target.name} cannot be measured here: this machine {here}",
-            remedy='measure on a device: tuning=Tuning(..., device="KEY@HOST:PORT") of a TVM RPC tracker',
-        )
-    if remote is not None:
-        if target.isa.matrix is not None:
-            raise DeviceError(
-                f"code for {target.name} cannot be measured through RPC: its server asks Linux for no tile registers",
-                where=str(remote),
-                remedy="tune on that machine itself",
-            )
-        _reach(remote)
-    return remote
+
+    place: Place
+    threads: int
+    most: int
+    rotation: Rotation
 
 
-def _threads(asked: int | None, remote: Remote | None, workers: Workers) -> int:
-    """As many as were asked for, or all that are there. Raises ConfigError where the device has fewer."""
-    if remote is None:
-        return asked or pool_size()
-    try:
-        largest: int = workers.submit(pool_of, remote).result()
-    except Exception as error:
-        raise DeviceError(
-            f"the device does not answer: {_reason(error)}",
-            where=str(remote),
-            remedy="see whether its server has registered: python -m tvm.exec.query_rpc_tracker",
-        ) from error
-    check_threads(asked, largest)
-    return asked or largest
+def _bench(place: Place, threads: int, network_bytes: int) -> Bench:
+    """The bench at `place`, for kernels of a network with so many bytes of constants.
 
-
-def _reach(remote: Remote) -> None:
-    """Raises DeviceError where nothing listens; TVM's client would go on trying for a minute, each time."""
-    try:
-        socket.create_connection((remote.host, remote.port), timeout=10).close()
-    except OSError as error:
-        raise DeviceError(
-            f"no RPC tracker answers: {error}",
-            where=f"{remote.host}:{remote.port}",
-            remedy="start it (python -m tvm.exec.rpc_tracker), and the device's server (python -m tvm.exec.rpc_server)",
-        ) from error
+    On a processor, a kernel of a network finds its weights beyond the second-level cache. The one of a GPU may hold all
+    weights of a network, from call to call (50 MB of an H100), or nearly none of them (4 MB of a T4). So calls take
+    turns among about as many bytes as the network has: then they are in the cache where they would be in the network,
+    whatever its size. (Layers with few weights have no more copies than launches: cold or not, it takes no time.)
+    """
+    if not isinstance(place, LocalGpu):
+        return Bench(place, threads, MOST_CANDIDATES, COLD)
+    # Also, that many launches make a graph, so that launching it takes little of the time.
+    return Bench(place, threads, MOST_ON_GPU, Rotation(min(network_bytes, LARGEST_ON_GPU), MOST_LAUNCHES))
 
 
 class Tuner:
     """Measures the kernels of one program."""
 
-    def __init__(
-        self, program: Program, target: Target, threads: int, remote: Remote | None, workers: Workers, folder: Path
-    ) -> None:
-        self._program, self._target, self._threads, self._remote = program, target, threads, remote
+    def __init__(self, program: Program, target: Target, bench: Bench, workers: Workers, folder: Path) -> None:
+        self._program, self._target, self._bench = program, target, bench
         self._workers, self._folder = workers, folder
-        self._linker = linker(target)
+        self._linker = tools(target)
+        self._device_code = DeviceCode(target.isa, workers, cores(), folder)
 
     def best(self, workload: Workload, database: Database) -> Tuned:
         """Race the candidates of `workload`, and remember the winner.
@@ -223,9 +207,9 @@ class Tuner:
         Raises:
             BuildError: not even the default works.
         """
-        configs = workload.configs()[:MOST_CANDIDATES]
+        configs = workload.configs()[: self._bench.most]
         kernels = [workload.kernel(config) for config in configs]
-        trial = Trial(self._program, workload)
+        trial = Trial(self._program, workload, self._bench.rotation)
         failed: dict[int, str] = {}
         # Interrupted, its files are still written while it is removed; what stays goes with self._folder.
         with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
@@ -235,11 +219,11 @@ class Tuner:
                 raise self._unusable(workload, kernels[0], failed[0])
             race = Race({i: taken for i, taken in once.items() if i not in failed}, trial.calls)
             limit = TIMEOUT + PATIENCE * race.duration
-            given = race, candidates, trial.inputs[0], self._threads, self._remote, limit
+            given = race, candidates, trial.inputs[0], self._bench.threads, self._bench.place, limit
             try:
                 shown = self._workers.submit(run_race, *given, timeout=limit).result()
             except Exception as error:
-                raise self._unusable(workload, kernels[0], _reason(error)) from error
+                raise self._unusable(workload, kernels[0], reason_of(error)) from error
         fastest = max(shown, key=lambda i: shown[i][1])
         winner = fastest if shown[fastest][1] >= WORTH else 0
         seconds, gain = shown[winner]
@@ -250,11 +234,11 @@ class Tuner:
                 shape,
                 features_of(self._target),
                 toolchain(),
-                self._threads,
+                self._bench.threads,
                 json.dumps(asdict(configs[winner]) if winner else {}),
                 gain,
                 seconds * 1e6,
-                processor() if self._remote is None else str(self._remote),
+                _processor(self._bench.place),
             )
         )
         reasons = {kernels[i].name: reason for i, reason in failed.items()}
@@ -265,26 +249,29 @@ class Tuner:
     ) -> dict[int, Candidate]:
         """The candidates, built on all cores at once."""
         pending: dict[int, tuple[Candidate, Future[None]]] = {}
+        self._device_code.begin(kernels)
         for i, kernel in enumerate(kernels):
-            candidate = Candidate(folder / f"{i}.so", folder / f"{i}.safetensors", tuple(kernel.pools()))
+            candidate = Candidate(folder / f"{i}.so", folder / f"{i}.safetensors", tuple(kernel.pools()), trial.calls)
             save_file(trial.constants(kernel), candidate.constants)
             module = trial.module(kernel)
             build = self._workers.submit(build_candidate, module, self._target.tvm, self._linker, candidate.library)
             pending[i] = candidate, build
-        for i, (_, build) in pending.items():
+        built: dict[int, Candidate] = {}
+        for i, (candidate, build) in pending.items():
             try:
                 build.result()
-            except Exception as error:  # noqa: BLE001  # whatever TVM and LLVM raise, and the end of a process
-                failed[i] = _reason(error)
-        return {i: candidate for i, (candidate, _) in pending.items() if i not in failed}
+                built[i] = replace(candidate, device_code=self._device_code.of(kernels[i]))
+            except Exception as error:  # noqa: BLE001  # whatever TVM and compilers raise, and the end of a process
+                failed[i] = reason_of(error)
+        return built
 
     def _check(self, trial: Trial, i: int, candidate: Candidate, failed: dict[int, str]) -> float:
         """Hold a candidate to the bits of the reference; returns the seconds of a call."""
-        given = candidate, trial.inputs, self._threads, self._remote
+        given = candidate, trial.inputs, self._bench.threads, self._bench.place
         try:
             outputs, seconds = self._workers.submit(answers, *given).result()
         except Exception as error:  # noqa: BLE001
-            failed[i] = _reason(error)
+            failed[i] = reason_of(error)
             return math.inf
         if not trial.exact(outputs):
             failed[i] = "other bits than the reference"
@@ -297,11 +284,3 @@ class Tuner:
             source=source(workload.node),
             remedy="check that the device can be reached and has memory to spare; compile without tuning meanwhile",
         )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "it took too long"
-    if isinstance(error, ChildProcessError):
-        return "its process crashed"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"

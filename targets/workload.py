@@ -56,11 +56,13 @@ class Workload:
         """The config that is known for this key. None, for the default, where that is known to be the best, where
         nothing is known, or a config that the generator does not offer any more."""
         wanted = known.get(self.key)
-        return next((config for config in self.configs() if asdict(config) == wanted), None) if wanted else None
+        offered = (config for config in self.configs() if config is not None)
+        return next((config for config in offered if asdict(config) == wanted), None) if wanted else None
 
     def settled(self, known: Chosen) -> bool:
-        """Whether what is known for this key can be used: the default, or a config that the generator offers."""
-        return known.get(self.key) == {} or self.chosen(known) is not None
+        """Whether there is nothing to find out: a single config, or what is known for this key can be used, the default
+        or a config that the generator offers."""
+        return len(self.configs()) == 1 or known.get(self.key) == {} or self.chosen(known) is not None
 
 
 def describe(shape: ConvShape, dot: str, symbols: Iterable[tirx.Var]) -> str:

@@ -129,6 +129,12 @@ def run(
         raise RuntimeError(f"{name}: {error.decode()}")
 
 
+def libraries() -> Path:
+    """The folder with the driver and the runtime that `load_driver` loads: a process that has it in LD_LIBRARY_PATH
+    from its start finds the emulated GPU."""
+    return _built(_build_driver, *sorted(path for path in EMULATED.iterdir() if path.suffix != ".cuh"))
+
+
 @functools.cache
 def load_driver() -> ctypes.CDLL:
     """Make this process find one emulated GPU, of the compute capability that QCOMPILE_EMULATED_SM says (or 90).
@@ -140,7 +146,7 @@ def load_driver() -> ctypes.CDLL:
     - `qcompile_emulated_message()`: what the last call that failed said
     - `qcompile_emulated_reset()`: a kernel that failed is forgotten; until then, every call fails
     """
-    folder = _built(_build_driver, *sorted(path for path in EMULATED.iterdir() if path.suffix != ".cuh"))
+    folder = libraries()
     driver = ctypes.CDLL(str(folder / "libcudart.so.13"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
     driver.qcompile_emulated_counter.restype = ctypes.c_int64

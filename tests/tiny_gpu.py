@@ -172,9 +172,7 @@ def chain() -> Artifact:
 
 def python(artifact: Artifact, code: str, capability: str = "80", **environment: str) -> str:
     """Run `code` in a process that finds the emulated GPU, with the path of the saved artifact; what it printed."""
-    inputs = sorted(path for path in cuda_emulator.EMULATED.iterdir() if path.suffix != ".cuh")
-    libraries = cuda_emulator._built(cuda_emulator._build_driver, *inputs)
-    given = {"LD_LIBRARY_PATH": str(libraries), "QCOMPILE_EMULATED_SM": capability, **environment}
+    given = {"LD_LIBRARY_PATH": str(cuda_emulator.libraries()), "QCOMPILE_EMULATED_SM": capability, **environment}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.qcm")
         artifact.save(path)
