@@ -13,14 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from qcompile.targets.base import InstructionSet
 from qcompile.targets.cuda import compile as cuda
 from qcompile.targets.cuda.launch import Entry
 from qcompile.targets.function import Kernel
 from qcompile.targets.workers import Workers
-
-Compile = Callable[[Sequence[Entry], InstructionSet], bytes]
 
 
 class DeviceCode:
@@ -61,7 +60,9 @@ class DeviceCode:
         return tuple((path, cuda.information_of(entries)) for path, entries in found.items())
 
 
-def compile_part(compiled: Compile, entries: Sequence[Entry], isa: InstructionSet, path: Path) -> None:
+def compile_part(
+    compiled: Callable[[Sequence[Entry], Any], bytes], entries: Sequence[Entry], isa: InstructionSet, path: Path
+) -> None:
     """In a process of its own: compile `entries` to `path`."""
     # A compiler that is ended leaves its files: where they go with ours.
     os.environ["TMPDIR"] = tempfile.tempdir = str(path.parent)

@@ -113,7 +113,7 @@ def tune(
     Args:
         program: an integer program.
         tuning: the database (a path), and where to measure.
-        threads: of a call; default: all that the machine or the device has.
+        threads: of a call; default: all that the machine or the device has. None for a GPU.
         progress: called with ("tuning", kernels done, kernels in all).
         report: called with what became of each kernel.
 
@@ -122,7 +122,7 @@ def tune(
             number of threads, or more than there are.
         DeviceError: this machine cannot run code for `target`, and no device was given; or no tracker answers, or
             code for `target` cannot run on a device.
-        BuildError: a layer cannot be lowered, or measured; or there is no linker.
+        BuildError: a layer cannot be lowered, or measured; or there is no linker, or for a GPU no compiler.
     """
     place = where_to_measure(target, tuning, threads)
     assert tuning.database is not None

@@ -39,6 +39,7 @@ from qcompile.targets.emitters import emitters_for
 from qcompile.targets.function import Kernel
 from qcompile.targets.lower import lower
 from qcompile.targets.measure import Candidate, LocalGpu, build_candidate
+from qcompile.targets.nvidia import SM_80
 from qcompile.targets.places import where_to_measure
 from qcompile.targets.trial import Rotation, Trial
 from qcompile.targets.tune import Tuned
@@ -182,7 +183,8 @@ def launches(candidate: Candidate, inputs: list[np.ndarray]) -> list[tuple[int, 
             machine["main"](*given)
             found.append(counts())
         gpu.seconds(machine, "main", 3, given)
-        return [tuple(map(int, after - before)) for before, after in pairwise([*found, counts()])]
+        steps = [after - before for before, after in pairwise([*found, counts()])]
+        return [(int(graphs), int(captured)) for graphs, captured in steps]
 
 
 @pytest.mark.skipif(gpu_machine.REAL, reason="only the emulated GPU counts what it is given")
@@ -196,7 +198,7 @@ def test_all_calls_of_a_run_are_one_graph(here: None, tmp_path: Path) -> None:
     assert [kernel.scratch > 0 for kernel in made] == [False, True]
     entries = [entry for kernel in made for entry, _ in kernel.launches]
     code = tmp_path / "code"
-    code.write_bytes(cuda.compiled(entries, TARGET.isa))
+    code.write_bytes(cuda.compiled(entries, SM_80))
     device_code = ((code, cuda.information_of(entries)),)
     with Workers(1, 100.0) as workers:
         for kernel in made:
