@@ -19,17 +19,28 @@ struct Grouped {
   Requantize to;
 };
 
+// What four neighbouring channels are requantized with.
+struct FourChannels {
+  int bias[4];
+  float m[4];
+
+  __device__ __forceinline__ FourChannels(const int* all_bias, const float* all_m, int channel) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) bias[i] = all_bias[channel + i], m[i] = all_m[channel + i];
+  }
+};
+
 template <bool RESIDUAL>
 __device__ __forceinline__ void store_four(
-    const int (&sums)[4], const int8_t* residual, const int* bias, const float* m, int8_t* y, int n, int h, int w,
-    int channel, const Grouped& c) {
+    const int (&sums)[4], const FourChannels& by, const int8_t* residual, int8_t* y, int n, int h, int w, int channel,
+    const Grouped& c) {
   int value[4];
   uint32_t other = 0;
   if (RESIDUAL) other = *reinterpret_cast<const uint32_t*>(residual + c.residual.offset(n, h, w) + channel);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    int sum = wrapping_add(sums[i], bias[channel + i]);
-    value[i] = RESIDUAL ? requantize(sum, m[channel + i], byte_of(other, i), c.to) : requantize(sum, m[channel + i], c.to);
+    int sum = wrapping_add(sums[i], by.bias[i]);
+    value[i] = RESIDUAL ? requantize(sum, by.m[i], byte_of(other, i), c.to) : requantize(sum, by.m[i], c.to);
   }
   *reinterpret_cast<uint32_t*>(y + c.y.offset(n, h, w) + channel) = pack4(value[0], value[1], value[2], value[3]);
 }
@@ -91,9 +102,10 @@ __device__ __forceinline__ void depthwise(
           multiply_tap<1>(sums, four, 0, *taps);
         }
     }
+    FourChannels by(bias, m, word * 4);
 #pragma unroll
     for (int p = 0; p < PIXELS; p++)
-      if (p < pixels) store_four<RESIDUAL>(sums[p], residual, bias, m, y, n, h, w + p, word * 4, c);
+      if (p < pixels) store_four<RESIDUAL>(sums[p], by, residual, y, n, h, w + p, word * 4, c);
   }
   c.margin.fill(y, c.y);
 }
@@ -127,7 +139,7 @@ __device__ __forceinline__ void grouped(
           for (int k = 0; k < 4; k++) sums[k] += tap[base[k] + input] * byte_of(f, k);
         }
       }
-    store_four<RESIDUAL>(sums, residual, bias, m, y, n, h, w, word * 4, c);
+    store_four<RESIDUAL>(sums, FourChannels(bias, m, word * 4), residual, y, n, h, w, word * 4, c);
   }
   c.margin.fill(y, c.y);
 }
