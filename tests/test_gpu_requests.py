@@ -38,8 +38,6 @@ def compiled() -> CompiledModel:
     ("given", "message"),
     [
         ({"threads": 2}, "threads is 2, and cuda-sm_80 is a GPU"),
-        ({"tuning": "tuned.sqlite"}, "kernels are not tuned"),
-        ({"tuning": qcompile.Tuning("tuned.sqlite", measure=False)}, "kernels are not tuned"),
         ({"numerics": "bfloat16"}, "numerics is 'bfloat16', and cuda-sm_80 has kernels for int8 alone"),
         ({"max_accuracy_drop": 0.01}, "max_accuracy_drop is 0.01, and cuda-sm_80 has kernels for int8 alone"),
     ],

@@ -53,16 +53,18 @@ def entries(target: str) -> tuple[Entry, ...]:
     program, _ = program_of([(operator(row), sample) for row in rows for sample in row.samples(generator)])
     found = lower(program, get(target), emitters).entries
     pixels = Layout((1, 3, 8, 8), True, 4)
-    found += move.quantize(dense((1, 3, 8, 8)), "float32", pixels, 1.0, 0, gpu(target)).entries
-    found += move.copied((8,), "float32").entries
-    tiled = next(entry for entry in found if entry.header == "convolution.cuh")
+    kernels = [move.quantize(dense((1, 3, 8, 8)), "float32", pixels, 1.0, 0, gpu(target)), move.copied((8,), "float32")]
+    found += [entry for kernel in kernels for entry, _ in kernel.launches]
+    tiled = next(entry for entry in found if entry.function.startswith("convolution<"))
+    split = replace(tiled, pointers=(*tiled.pointers[:5], "uint8", "int8", "int32"), read=6)
     depthwise = next(entry for entry in found if entry.function.startswith("depthwise"))
     tiles = [(tile, 16) for tile in convolution.tiles(gpu(target))]
     tiles += [(tiles[-1][0], access) for access in (4, 8)]
     for residual in (False, True):
         for tile, access in tiles:
-            function = tile.function(gpu(target), access, residual)
-            found.append(replace(tiled, function=function, threads=tile.threads))
+            for shares, entry in ((1, tiled), (2, split)):
+                function = replace(tile, shares=shares).function(gpu(target), access, residual)
+                found.append(replace(entry, function=function, threads=tile.threads))
         for size, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (0, 0)):
             function = f"depthwise<{convolution.PIXELS}, {size}, {stride}, {str(residual).lower()}>"
             found.append(replace(depthwise, function=function))

@@ -17,7 +17,7 @@ from qcompile.targets.cuda import nvrtc
 from qcompile.targets.cuda.launch import Entry
 from qcompile.targets.nvidia import SM_61, SM_80, Gpu
 
-FILL = Entry("move.cuh", "fill", ("int8",), "Fill", ("int64_t", "int"), 256)
+FILL = Entry("move.cuh", "fill", ("int8",), 0, "Fill", ("int64_t", "int"), 256)
 FATBIN = b"\x50\xed\x55\xba"
 
 

@@ -12,17 +12,15 @@ from geometry import Geometry, bounded, geometries, mismatching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.targets import get
 from qcompile.targets.base import Target
-from qcompile.targets.constants import Pool
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cuda.compile import source_of
-from qcompile.targets.cuda.convolution import TILES, generator_for
+from qcompile.targets.cuda.convolution import Tile, convolution, generator_for
 from qcompile.targets.cuda.launch import Long
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel
 from qcompile.targets.layout import NO_HALO, Layout
-from qcompile.targets.nvidia import Gpu
+from qcompile.targets.nvidia import SM_80, Gpu
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
 CONSTANTS = ("weight", "bias", "m", "tickets")
@@ -124,7 +122,6 @@ def test_a_product_of_few_rows_is_right(
     assert mistakes(geometry, target, None) == 0
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [TENSORS, DOTS, TURING])
 @pytest.mark.parametrize("residual", [False, True])
@@ -148,17 +145,13 @@ def test_every_tile_and_share_is_right(target: str, residual: bool) -> None:
     )
     numbers = range(40 if target == TENSORS else 12)
     assert [number for number in numbers if mistakes(deep, target, number)] == []
-=======
+
+
 def test_counters_are_written_to_and_share_their_memory_with_no_constant() -> None:
-    """Not even with biases that are all zero, where there are as many of them as tiles."""
-    x, y = Layout((1, 64, 32, 32), True, 64, (1, 1, 1, 1)), Layout((1, 64, 32, 32), True, 64, NO_HALO)
-    shape = ConvShape(x, y, None, (3, 3), (1, 1), (1, 1), (1, 1), 1)
-    filters = Filters(np.ones((64, 64, 3, 3), np.int8), np.zeros(64, np.int32), np.ones(64, np.float32), 0)
-    gpu = get(TENSORS).isa
-    split = [tile for tile in TILES.configs(shape, filters, gpu) if tile.shares > 1]
-    assert any(64 * tile.tall * tile.wide == 32 * 32 * 64 for tile in split)
-    for tile in split:
-        *_, bias, _, tickets = TILES.kernel(shape, filters, Requantize(0, -128, 127), gpu, (), tile).constants
-        pool = Pool("int32")
-        assert pool.add(bias) != pool.add(tickets)
->>>>>>> b5b0303 (GPU convolutions: the counters of shared tiles are never the memory of biases that are zero)
+    """Equal constants of one type are one in memory: biases that are all zero, where there are as many as tiles."""
+    layout = Layout((1, 64, 32, 32), True, 64, NO_HALO)
+    shape = ConvShape(layout, layout, None, (1, 1), (1, 1), (0, 0), (1, 1), 1)
+    filters = Filters(np.ones((64, 64, 1, 1), np.int8), np.zeros(64, np.int32), np.ones(64, np.float32), 0)
+    *others, tickets = convolution(shape, filters, Requantize(0), SM_80, (), Tile(16, 64, 1, 4, 2)).constants
+    assert len(others) == 3
+    assert tickets.dtype not in {constant.dtype for constant in others}
