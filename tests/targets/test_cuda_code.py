@@ -6,6 +6,7 @@ No GPU is needed. What no compiler or disassembler here knows is skipped.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -151,8 +152,12 @@ def test_all_that_a_thread_holds_is_in_registers(target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("network", FULL, ids=str)
 def test_networks_have_no_other_entry_points(network: Network) -> None:
+    """But for the bytes that a tile is copied by, which are tried with one tile."""
     with mock.patch.object(weights, "_RATIOS", 1):  # any weights will do
         program = qcompile.quantize(network.build().eval(), calibration=[images(1, network.size, seed=4)]).program
+
+    def names(found: Iterable[Entry]) -> set[str]:
+        return {re.sub(r"(tile_.*)_(4|8)_(true|false)", r"\1_16_\3", entry.name) for entry in found}
+
     for target in CUDA:
-        found = {entry.name for entry in lower(program, get(target), emitters_for(get(target))).entries}
-        assert found - {entry.name for entry in entries(target)} == set()
+        assert names(lower(program, get(target), emitters_for(get(target))).entries) <= names(entries(target))
