@@ -14,6 +14,8 @@ import gpu_machine
 import gpu_table
 import pytest
 
+from qcompile import device
+
 
 @pytest.fixture(scope="session")
 def arm_machine() -> Iterator[arm.ArmMachine]:
@@ -35,6 +37,12 @@ def gpu() -> Iterator[gpu_machine.GpuMachine]:
         pytest.skip(f"code for GPUs cannot run here: {reason}")
     with gpu_machine.GpuMachine() as machine:
         yield machine
+
+
+def pytest_sessionstart() -> None:
+    """Where a real GPU was asked for and there is none, nothing passes by being skipped."""
+    if gpu_machine.REAL and device.gpu() is None:
+        pytest.exit(f"QCOMPILE_TEST_GPU=1, and this machine {device.lacks('x86_64', ['sm_61'])}", returncode=1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
