@@ -43,7 +43,8 @@ def compiled(library: Any, source: str, architecture: str, options: Sequence[str
     program = c_void_p()
     _check(library, library.nvrtcCreateProgram(byref(program), source.encode(), b"kernels.cu", 0, None, None))
     try:
-        given = [f"--gpu-architecture={architecture}", *options]
+        # A lambda with parameters of any type counts as host code there, unless told otherwise.
+        given = [f"--gpu-architecture={architecture}", "--device-as-default-execution-space", *options]
         status = library.nvrtcCompileProgram(program, len(given), (c_char_p * len(given))(*map(str.encode, given)))
         if status == _COMPILATION:
             log = _text(library, "ProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
