@@ -101,7 +101,8 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
             return True
         again = isa.l2_bytes // 2  # what is larger is read anew each time
         of_image = image * (total // wide if image > again else 1)
-        return of_image + weights <= image + weights * (-(-runs.parts // tall) if weights > again else 1)
+        tiles = shape.y.extents[0] * -(-runs.parts // tall)
+        return of_image + weights <= image + weights * (tiles if weights > again else 1)
 
     def cycles(config: tuple[int, int]) -> float:
         tall, wide = config
