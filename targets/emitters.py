@@ -19,7 +19,7 @@ from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cpu.float_emitters import FLOAT_EMITTERS
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout, align, dense
-from qcompile.targets.lower import Lowering, Value
+from qcompile.targets.lowering import Lowering, Value
 from qcompile.targets.nvidia import Gpu
 from qcompile.targets.plan import PITCH, padding_of, takes_tight
 from qcompile.targets.real_lower import define_real, layout_of

@@ -15,7 +15,7 @@ from qcompile.targets.cpu.along import accumulate, argsort
 
 if TYPE_CHECKING:
     from qcompile.targets.float_ops import FloatOps
-    from qcompile.targets.lower import Lowering
+    from qcompile.targets.lowering import Lowering
 
 aten = torch.ops.aten
 

@@ -26,7 +26,7 @@ from qcompile.targets.function import Kernel
 from qcompile.targets.real_lower import real_tensor
 
 if TYPE_CHECKING:
-    from qcompile.targets.lower import Lowering
+    from qcompile.targets.lowering import Lowering
 
 aten = torch.ops.aten
 

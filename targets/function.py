@@ -65,6 +65,11 @@ class Arguments:
     def buffer(self, name: str, size: Dim, dtype: str) -> Any:
         return T.arg(name, T.buffer((size,), dtype))
 
+    def window(self, name: str, size: Dim, dtype: str) -> Any:
+        """A buffer that may lie within a larger one: a part of an input."""
+        start = tirx.Var(f"{name}_first", "int64")
+        return T.arg(name, T.buffer((size,), dtype, elem_offset=start, offset_factor=1))
+
     def constants(self, **arrays: np.ndarray) -> list[Window]:
         """This call's constants, each a window into the network's constants of its type."""
         pool = {}

@@ -14,7 +14,7 @@ from qcompile.targets.layout import NO_HALO, Layout, align, dense, innermost
 from qcompile.targets.real_plan import Halo
 
 if TYPE_CHECKING:
-    from qcompile.targets.lower import Lowering, Value
+    from qcompile.targets.lowering import Lowering, Value
 
 
 def layout_of(low: Lowering, node: fx.Node) -> Layout:

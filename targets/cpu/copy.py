@@ -127,7 +127,7 @@ def gather(
         return widen(widen(value, "int32", lanes) + splat(T.int32(after - before), lanes), types[1], lanes)
 
     with function("gather") as (args, done):
-        source = args.buffer("x", x.size, types[0])
+        source = args.window("x", x.size, types[0])
         (numbers,) = args.constants(integers=integers)
         args.symbols(symbols)
         out = args.buffer("y", y.size, types[1])
@@ -146,6 +146,17 @@ def copied(shape: tuple[Dim, ...], dtype: str) -> Kernel:
         with T.serial(0, product(shape)) as i:
             T.buffer_store(y, x[i], [i])
     return Kernel("copy", done.result)
+
+
+def joined(count: int, size: int, dtype: str) -> Kernel:
+    """The kernel that lays `count` arrays of `size` elements end to end."""
+    with function("join") as (args, done):
+        parts = [args.buffer(f"x{i}", size, dtype) for i in range(count)]
+        y = args.buffer("y", count * size, dtype)
+        with launch(size, y.shape[0]) as i:
+            for place, part in enumerate(parts):
+                T.buffer_store(y, part[i], [place * size + i])
+    return Kernel("join", done.result)
 
 
 def cat(
@@ -231,7 +242,7 @@ def quantize(
     integers, floats = numbers.integers(isa), numbers.floats()
     floats[3] = np.float32(inv_scale)
     with function("quantize") as (args, done):
-        source = args.buffer("x", x.size, dtype)
+        source = args.window("x", x.size, dtype)
         ints, reals = args.constants(integers=integers, floats=floats)
         args.symbols(symbols)
         out = args.buffer("y", y.size, isa.storage)

@@ -11,7 +11,7 @@ from torch import fx
 from qcompile.targets.cpu.linear_dynamic import linear_dynamic, quantize_rows, quantized_rows
 from qcompile.targets.cpu.linear_weight_only import linear_weight_only
 from qcompile.targets.layout import Dim, product
-from qcompile.targets.lower import Lowering, Value
+from qcompile.targets.lowering import Lowering, Value
 from qcompile.targets.real_lower import real_tensor
 
 q = torch.ops.qcompile

@@ -15,7 +15,7 @@ from qcompile.targets.cpu.products import products
 from qcompile.targets.cpu.real import BF16, bfloat16_bits
 from qcompile.targets.filters import ConvShape
 from qcompile.targets.layout import NO_HALO
-from qcompile.targets.lower import Lowering
+from qcompile.targets.lowering import Lowering
 from qcompile.targets.real_lower import define_real, use_real
 from qcompile.targets.real_plan import padding_of
 
