@@ -36,6 +36,7 @@ from qcompile.targets.nvidia import Gpu
 TARGETS = tuple(name for name in names() if name != "native")
 CUDA = tuple(name for name in TARGETS if isinstance(get(name).isa, Gpu))
 X86 = tuple(name for name in TARGETS if get(name).machine == "x86_64" and name not in CUDA)
+CPUS = tuple(name for name in TARGETS if name not in CUDA)
 ARM = tuple(name for name in TARGETS if get(name).machine == "aarch64")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from execution import TARGETS, artifact_of, program_of, reshuffled, run_on, skip_unless_runnable
+from execution import CPUS, artifact_of, program_of, reshuffled, run_on, skip_unless_runnable
 
 from qcompile.ops import Act, Sample
 from qcompile.ops.real import BFLOAT16, FLOAT32, FLOAT_CONV2D, FLOAT_LINEAR, NUMERICS
@@ -62,7 +62,7 @@ def linears(g: torch.Generator, numerics: str) -> Iterator[tuple[object, Sample]
         yield FLOAT_LINEAR, Sample(args, residual, label=f"linear {i}")
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CPUS)
 @pytest.mark.parametrize("numerics", NUMERICS)
 def test_a_kernel_agrees_with_its_reference(numerics: str, target: str, request: pytest.FixtureRequest) -> None:
     g = torch.Generator().manual_seed(7)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from execution import TARGETS, artifact_of, different, operator, program_of, quick, run_on, skip_unless_runnable
+from execution import CPUS, artifact_of, different, operator, program_of, quick, run_on, skip_unless_runnable
 from torch import Tensor
 
 from qcompile.ops import Act, Sample
@@ -37,7 +37,7 @@ def calls(g: torch.Generator, rows: int) -> list[tuple[Any, Sample]]:
     return [(operator(row), sample) for row, sample in made]
 
 
-@pytest.mark.parametrize("target", quick(TARGETS))
+@pytest.mark.parametrize("target", quick(CPUS))
 def test_any_number_of_rows_gives_the_bits_of_the_reference(target: str, request: pytest.FixtureRequest) -> None:
     skip_unless_runnable(target)
     g = torch.Generator().manual_seed(17)
@@ -59,7 +59,7 @@ def test_nibbles_hold_two_weights_a_byte_wherever_all_fit() -> None:
     assert [((word >> 4 * i) % 16 + 8) % 16 - 8 for i in range(NIBBLES)] == ends[0].tolist()
 
 
-@pytest.mark.parametrize("target", quick(TARGETS))
+@pytest.mark.parametrize("target", quick(CPUS))
 def test_the_tile_fits_the_registers(target: str) -> None:
     isa = get(target).isa
     for rows in (1, 2, 5, 128):

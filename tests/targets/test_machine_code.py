@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 from disassembly import Code, functions, innermost_loops
-from execution import TARGETS
+from execution import CPUS
 from networks import Residual, conv_norm, images, settle
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ MULTIPLY_ADD = re.compile(r"vfn?m(add|sub|addsub|subadd)\d+[ps][sd]|fn?ml[as]|fn
 LATER_ARM = re.compile(r"[us]u?dot|[us]u?mmla|bfdot|bfmmla")
 # A vector register stored to the stack, in the words of either machine.
 SPILL = re.compile(r"v?mov\S+ %[xyz]mm\d+(,.*)?,-?(0x)?[0-9a-f]*\(%r[sb]p.*|st[rpu]+ q\d+, .*\[(sp|x29).*")
-every_target = pytest.mark.parametrize("target", TARGETS)
+every_target = pytest.mark.parametrize("target", CPUS)
 
 
 class Plain(nn.Module):

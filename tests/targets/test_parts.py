@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from execution import TARGETS, different, quick, run_on, skip_unless_runnable
+from execution import CPUS, different, quick, run_on, skip_unless_runnable
 from torch import Tensor, nn
 
 import qcompile
 from qcompile.targets import get, parts
+from qcompile.targets.emitters import emitters_for
 from qcompile.targets.lower import lower
 
 BATCH, SIZE = 6, 2
@@ -45,7 +46,7 @@ def size_of_part(model: nn.Module, *example: Tensor) -> int | None:
     return parts.part_of(program, {n: tuple(n.meta["val"].shape) for n in program.graph.nodes if "val" in n.meta})
 
 
-@pytest.mark.parametrize("target", quick(TARGETS))
+@pytest.mark.parametrize("target", quick(CPUS))
 def test_a_batch_in_parts_has_the_bits_of_the_whole(target: str, small: None, request: pytest.FixtureRequest) -> None:
     skip_unless_runnable(target)
     compiled = qcompile.compile(Network().eval(), target, calibration=[inputs()], strict=True)

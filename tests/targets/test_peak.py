@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import takewhile
 
 import pytest
-from execution import TARGETS
+from execution import CPUS
 from tvm import tirx
 
 from qcompile.targets import get
@@ -29,7 +29,7 @@ def products(func: tirx.PrimFunc) -> int:
     return sum("_dot_" in line or "vpdpbusd" in line or "sdot" in line for line in body)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CPUS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_its_multiply_accumulates_are_those_of_its_instructions(target: str, threads: int) -> None:
     made, instruction = peak_kernel(get(target), threads), INSTRUCTIONS.get(target)

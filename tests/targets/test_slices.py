@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from execution import TARGETS, different, quick, run_on, skip_unless_runnable
+from gpu_machine import compiling
 from torch import Tensor, nn
 
 import qcompile
@@ -23,13 +24,14 @@ class Parts(nn.Module):
 @pytest.mark.parametrize("target", quick(TARGETS))
 def test_a_part_of_a_dynamic_batch_is_taken_in_integers(target: str, request: pytest.FixtureRequest) -> None:
     skip_unless_runnable(target)
-    compiled = qcompile.compile(
-        Parts().eval(),
-        target,
-        calibration=[torch.randn(7, 3, 5, 5)],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=6, max=32)},),
-        strict=True,
-    )
+    with compiling():
+        compiled = qcompile.compile(
+            Parts().eval(),
+            target,
+            calibration=[torch.randn(7, 3, 5, 5)],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=6, max=32)},),
+            strict=True,
+        )
     cases = [[torch.randn(size, 3, 5, 5)] for size in (6, 7, 8, 32)]
     for inputs, outputs in zip(cases, run_on(compiled.artifact, cases, request), strict=True):
         wanted = compiled.program(*inputs)
@@ -48,11 +50,12 @@ class Nothing(nn.Module):
         return self.linear(rows[:, :0]), self.linear(rows), self.conv(x[:0]), self.conv(x)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", quick(TARGETS))
 def test_a_layer_may_have_nothing_to_compute(target: str, request: pytest.FixtureRequest) -> None:
     skip_unless_runnable(target)
     images = torch.randn(2, 24, 5, 7)
-    compiled = qcompile.compile(Nothing().eval(), target, calibration=[images])
+    with compiling():
+        compiled = qcompile.compile(Nothing().eval(), target, calibration=[images])
     (outputs,) = run_on(compiled.artifact, [[images]], request)
     wanted = compiled.program(images)
     assert [different(got, want) for got, want in zip(outputs, wanted, strict=True)] == [0] * 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from execution import TARGETS
+from execution import CPUS
 
 from qcompile.targets import get
 from qcompile.targets.cpu.choose import generator_for
@@ -14,7 +14,7 @@ from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CPUS)
 @pytest.mark.parametrize(("channels", "size", "kernel"), [(64, 56, 3), (256, 14, 3), (512, 7, 3), (256, 28, 1)])
 def test_the_default_tile_spends_its_time_on_products_not_on_loads(
     target: str, channels: int, size: int, kernel: int
@@ -41,7 +41,7 @@ def test_a_tile_of_a_small_image_takes_several_of_its_rows() -> None:
     assert best.rows % 7 == 0
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CPUS)
 @pytest.mark.parametrize(("channels", "groups"), [(32, 1), (32, 32)])
 def test_kernels_of_different_tiles_have_different_names(target: str, channels: int, groups: int) -> None:
     """By which tuning tells them apart; the order of the loops is in the name, too."""
