@@ -58,7 +58,7 @@ SM_89 = _gpu(89, 4, 99, 128)  # Ada
 SM_90 = _gpu(90, 4, 227, 132)  # Hopper
 
 # Of the processor that calls it only what all of its kind have: it launches kernels and computes addresses.
-_HOST: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v2"}
+_HOST: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"}
 
 
 def _target(gpu: Gpu) -> Target:

@@ -67,7 +67,11 @@ class Runs:
         if shape.stride == (1, 1) and height > 1:
             pitch = shape.x.padded[1]
             ways.append(cls(1, width, Cut.of((height - 1) * pitch + width, unit.rows), pitch))
-        return min(ways, key=lambda runs: runs.parts * max(runs.cut.size, unit.latency // 4))
+        return min(ways, key=lambda runs: runs.cycles(unit))
+
+    def cycles(self, unit: MatrixUnit) -> int:
+        """Of an image, in proportion."""
+        return self.parts * max(self.cut.size, unit.latency // 4)
 
     @property
     def parts(self) -> int:

@@ -6,9 +6,9 @@ channels. The sum is the one of `conv`, with a step of up to 16 groups of four i
     acc[i, j] = bias[j];  for every tap (kh, kw) and step k:
         acc[i, j] += x[pixels i, tap, channels of k] @ weight[channels of k, tap, j]
 
-How pixels and channels are cut so that nothing outside is read: `qcompile.targets.cpu.cuts`. The weights are zero for
-channels that the step before has summed, and for bytes between the channels of neighbouring taps. The sums go through
-memory to the epilogue, one pixel at a time.
+How pixels and channels are cut so that nothing outside is read: `qcompile.targets.cpu.cuts`. How strides leave tiles
+full: `qcompile.targets.cpu.phases`. The weights are zero for channels that the step before has summed, and for bytes
+between the channels of neighbouring taps. The sums go through memory to the epilogue, one pixel at a time.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order, dot_name, per_channel
 from qcompile.targets.cpu.cuts import Cut, Runs
 from qcompile.targets.cpu.emit import on_each_thread, only_if
+from qcompile.targets.cpu.phases import Phases
 from qcompile.targets.cpu.tasks import split
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel, function
 from qcompile.targets.generator import Generator, tile_name
-from qcompile.targets.layout import align
+from qcompile.targets.layout import Dim, align
 
 FEWEST_PIXELS = 4  # of a run: the weights are loaded for each part anew
+WORTH = 0.8  # of the time of multiplying that putting the pixels in another order must leave
 
 
 @dataclass(frozen=True)
@@ -50,31 +52,65 @@ class MatrixConfig:
     channels_outer: bool
 
 
-def _laid(shape: ConvShape) -> ConvShape:
-    """As one long row of pixels where that has a known length."""
+@dataclass(frozen=True)
+class Laid:
+    """A convolution in the order in which its pixels are read.
+
+    Attributes:
+        shape: as one long row of pixels where that has a known length.
+        phases: from which it reads them, where strides would leave too much of the registers empty.
+    """
+
+    shape: ConvShape
+    phases: Phases | None = None
+
+    @classmethod
+    def of(cls, given: ConvShape, unit: MatrixUnit) -> Laid:
+        plain = cls(_flat(given))
+        if given.stride == (1, 1) or given.dilation != (1, 1) or not all(map(_positive, given.y.extents)):
+            return plain
+        phases = Phases.of(given)
+        ordered = cls(_flat(phases.shape), phases)
+        return ordered if ordered._cycles(unit) <= WORTH * plain._cycles(unit) else plain
+
+    def _cycles(self, unit: MatrixUnit) -> int:
+        """In proportion."""
+        return self.shape.y.extents[0] * Runs.of(self.shape, unit).cycles(unit)
+
+    @property
+    def joined(self) -> int:
+        """How many taps of a row of the kernel are summed as one: all, where their pixels lie side by side. The bytes
+        between their channels are multiplied by zero."""
+        return self.shape.kernel[1] if self.shape.dilation[1] == 1 and self.phases is None else 1
+
+    def tap(self, n: Any, i_h: Any, i_w: Any) -> tuple[Any, Any, Any]:
+        """(image of x, rows down, columns right) of a tap."""
+        if self.phases is not None:
+            return self.phases.tap(n, i_h, i_w)
+        return n, i_h * self.shape.dilation[0], i_w * self.shape.dilation[1]
+
+    def cuts(self, unit: MatrixUnit) -> tuple[Runs, Cut]:
+        """Of the pixels, and of the sum over the channels of a tap."""
+        bytes_of_tap = (self.joined - 1) * self.shape.x.pitch + align(self.shape.x.channels, 4)
+        return Runs.of(self.shape, unit), Cut.of(bytes_of_tap // 4, unit.depth)
+
+
+def _flat(shape: ConvShape) -> ConvShape:
     flat = shape.flat()
     return flat if isinstance(flat.y.extents[2], int) else shape
 
 
-def _joined(shape: ConvShape) -> int:
-    """How many taps of a row of the kernel are summed as one: all, where their pixels lie side by side. The bytes
-    between their channels are multiplied by zero."""
-    return shape.kernel[1] if shape.dilation[1] == 1 else 1
+def _positive(extent: Dim) -> bool:
+    return isinstance(extent, int) and extent > 0
 
 
 def suits(shape: ConvShape, isa: InstructionSet) -> bool:
     """Whether the kernel can compute this convolution, and has work enough for whole tiles."""
     if isa.matrix is None or shape.groups > 1 or shape.x.pitch % 4:
         return False
-    laid = _laid(shape)
-    known = all(isinstance(extent, int) and extent > 0 for extent in (*laid.y.extents[1:], laid.x.channels))
-    return known and Runs.of(laid, isa.matrix).cut.size >= FEWEST_PIXELS
-
-
-def _cuts(shape: ConvShape, unit: MatrixUnit) -> tuple[Runs, Cut]:
-    """Of the pixels, and of the sum over the channels of a tap."""
-    bytes_of_tap = (_joined(shape) - 1) * shape.x.pitch + align(shape.x.channels, 4)
-    return Runs.of(shape, unit), Cut.of(bytes_of_tap // 4, unit.depth)
+    if not all(map(_positive, (*_flat(shape).y.extents[1:], shape.x.channels))):
+        return False
+    return Laid.of(shape, isa.matrix).cuts(isa.matrix)[0].cut.size >= FEWEST_PIXELS
 
 
 def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[MatrixConfig]:
@@ -85,11 +121,11 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
     as much again.
     """
     unit = _unit(isa)
-    shape = _laid(shape)
-    runs, sum_of = _cuts(shape, unit)
+    laid = Laid.of(shape, unit)
+    shape, (runs, sum_of) = laid.shape, laid.cuts(unit)
     rows = runs.cut.size
     total = align(shape.y.channels, isa.lanes) // isa.lanes
-    steps = int(np.prod(shape.kernel)) // _joined(shape) * sum_of.count
+    steps = int(np.prod(shape.kernel)) // laid.joined * sum_of.count
     tile_bytes = 4 * isa.lanes * sum_of.size
     image = shape.x.size + shape.y.size + (shape.residual.size if shape.residual else 0)
     weights = steps * total * tile_bytes
@@ -124,16 +160,16 @@ def _unit(isa: InstructionSet) -> MatrixUnit:
     return isa.matrix
 
 
-def pack(weight: np.ndarray, shape: ConvShape, order: np.ndarray, sum_of: Cut, lanes: int) -> np.ndarray:
+def pack(weight: np.ndarray, laid: Laid, order: np.ndarray, sum_of: Cut, lanes: int) -> np.ndarray:
     """(out channels, in channels, KH, KW) int8 -> (block, tap row, tap column, step, vector, four, lanes * 4).
 
     `order`: which channel of a block each lane of its vectors holds.
     """
     oc, per_in, kh, kw = weight.shape
-    block, joined = len(order), _joined(shape)
-    taps = np.zeros((align(oc, block), kh, kw, shape.x.pitch), np.int8)
+    block, joined, pitch = len(order), laid.joined, laid.shape.x.pitch
+    taps = np.zeros((align(oc, block), kh, kw, pitch), np.int8)
     taps[:oc, ..., :per_in] = weight.transpose(0, 2, 3, 1)
-    taps = taps.reshape(-1, kh, kw // joined, joined * shape.x.pitch)[..., : 4 * sum_of.total]
+    taps = taps.reshape(-1, kh, kw // joined, joined * pitch)[..., : 4 * sum_of.total]
     kw //= joined
     ordered = taps.reshape(-1, block, kh, kw, sum_of.total, 4)[:, order]
     steps = []
@@ -157,19 +193,20 @@ def conv(
 ) -> Kernel:
     """The kernel of one convolution."""
     config = config or configs(shape, filters, isa)[0]
-    shape, unit = _laid(shape), _unit(isa)
-    runs, sum_of = _cuts(shape, unit)
+    unit = _unit(isa)
+    laid = Laid.of(shape, unit)
+    runs, sum_of = laid.cuts(unit)
     order = channel_order(config.vectors, isa)
-    packed = pack(filters.weight, shape, order, sum_of, isa.lanes)
+    packed = pack(filters.weight, laid, order, sum_of, isa.lanes)
     constants = {"weights": packed.reshape(-1), **per_channel(filters, numbers, isa, order)}
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
-    func = _build(shape, config, isa, (runs, sum_of), packed.shape, constants, symbols, steps)
+    func = _build(laid, config, isa, (runs, sum_of), packed.shape, constants, symbols, steps)
     tile = tile_name(config.tall * runs.cut.size, len(order), config.channels_outer)
     return Kernel(f"{shape.kind}_{unit.name}_{tile}", func, tuple(constants.values()))
 
 
 def _build(
-    shape: ConvShape,
+    laid: Laid,
     config: MatrixConfig,
     isa: InstructionSet,
     cuts: tuple[Runs, Cut],
@@ -179,15 +216,19 @@ def _build(
     steps: epilogue.Steps,
 ) -> tirx.PrimFunc:
     runs, sum_of = cuts
+    shape, phases = laid.shape, laid.phases
     registers = _unit(isa).registers(config.tall, config.vectors, runs.cut.size, sum_of.size)
     with function("conv") as (args, done):
-        x = args.buffer("x", shape.x.size, isa.storage)
+        x = args.buffer("x", (phases.given if phases else shape).x.size, isa.storage)
         residual = args.buffer("residual", shape.residual.size, isa.storage) if shape.residual else None
         weights, integers, floats = args.constants(**constants)
         args.symbols(symbols)
         y = args.buffer("y", shape.y.size, isa.storage)
+        if phases:
+            given, x = x, T.alloc_buffer((shape.x.size,), isa.storage, scope="global")
+            phases.arrange(given, x)
         finish = epilogue.Finish(y, residual, shape.y, shape.residual, integers, floats, isa, config.vectors, steps)
-        tile = Tile(shape, config, runs, sum_of, packed[1:3], isa.lanes, registers, x, weights, integers, finish)
+        tile = Tile(laid, config, runs, sum_of, packed[1:3], isa.lanes, registers, x, weights, integers, finish)
         tiles, blocks = shape.y.extents[0] * tile.of_image, packed[0]
 
         def task(at: Any, b: Any) -> None:
@@ -214,7 +255,7 @@ class Tile:
         finish: stores the sums.
     """
 
-    shape: ConvShape
+    laid: Laid
     config: MatrixConfig
     runs: Runs
     sum_of: Cut
@@ -233,15 +274,16 @@ class Tile:
 
     def multiply(self, n: Any, t: Any, b: Any) -> None:
         """Let the registers hold the sums."""
-        shape, registers = self.shape, self.registers
+        shape, registers = self.laid.shape, self.registers
         self._load_bias(b)
         kh, kw = self.taps
         with T.serial(0, kh) as i_h, T.serial(0, kw) as i_w, T.serial(0, self.sum_of.count) as k:
+            image, down, right = self.laid.tap(n, i_h, i_w)
             for i, (_, run, first) in enumerate(self._parts(t)):
                 pixel = shape.x.offset(
-                    n,
-                    run * shape.stride[0] + i_h * shape.dilation[0] - shape.padding[0],
-                    first * shape.stride[1] + i_w * shape.dilation[1] - shape.padding[1],
+                    image,
+                    run * shape.stride[0] + down - shape.padding[0],
+                    first * shape.stride[1] + right - shape.padding[1],
                     self.sum_of.start(k) * 4,
                 )
                 registers.load_pixels(i, T.address_of(self.x[pixel]), shape.stride[1] * shape.x.pitch)

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from execution import TARGETS
+from execution import CPUS, CUDA, TARGETS
 from tvm.target.codegen import llvm_get_cpu_features
 
 from qcompile import device
 from qcompile.errors import DeviceError, TargetError
 from qcompile.targets import Target, get, names, registry
+from qcompile.targets.nvidia import Gpu
 
 X86 = get("x86-avx512-vnni").features  # VNNI is the last of them
 # What a processor must have to take dot products in this way.
@@ -133,7 +134,7 @@ def test_an_entry_point_that_gives_no_target_is_named(
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", CPUS)
 def test_a_target_asks_for_what_its_dot_products_need(name: str) -> None:
     target = get(name)
     assert {NEEDS[dot.name] for dot in target.isa.dots} <= set(target.features)
@@ -158,7 +159,7 @@ IMPLIED = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", CPUS)
 def test_a_target_asks_for_all_that_the_compiler_may_use(name: str) -> None:
     target = get(name)
     implied = {one for feature in target.features for one in IMPLIED.get(feature, ())}
@@ -166,7 +167,7 @@ def test_a_target_asks_for_all_that_the_compiler_may_use(name: str) -> None:
     assert {NAMES.get(one, one) for one in may_use if not PREFERENCE.match(one)} <= set(target.features)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", CPUS)
 def test_a_target_is_consistent(name: str) -> None:
     target = get(name)
     assert target.tvm["mtriple"].split("-")[0] == target.machine
@@ -179,9 +180,19 @@ def test_a_target_is_consistent(name: str) -> None:
     assert isa.offset == {"uint8": 128, "int8": 0}[isa.storage]
 
 
+@pytest.mark.parametrize("name", CUDA)
+def test_a_gpu_is_consistent(name: str) -> None:
+    """All that code for it needs is the GPU: its host code is for every processor of the kind."""
+    target = get(name)
+    assert isinstance(target.isa, Gpu)
+    assert (*target.features, f"cuda-{target.tvm['arch']}") == (target.isa.architecture, name)
+    assert target.linkers
+    assert llvm_get_cpu_features(tvm.target.Target(target.tvm["host"])) <= BASELINE
+
+
 def test_the_dot_product_that_is_exact_for_every_weight_comes_last() -> None:
     extreme = np.full((1, 16, 4), -127, np.int8)
-    for target in map(get, TARGETS):
+    for target in map(get, CPUS):
         assert target.isa.dot_for(extreme) is target.isa.dots[-1]
 
 
@@ -205,7 +216,7 @@ def test_of_two_targets_for_one_machine_the_higher_rank_needs_more(machine: str,
     def rank(target: Target) -> int:
         return target.rank
 
-    able = [get(name) for name in TARGETS if get(name).machine == machine]
+    able = [get(name) for name in CPUS if get(name).machine == machine]
     ordered = sorted((t for t in able if (t.isa.bfloat16 is not None) == bfloat16), key=rank)
     assert len({target.rank for target in able}) == len(able)
     for low, high in pairwise(ordered):
