@@ -111,6 +111,7 @@ def test_the_product_has_the_bits_of_its_reference_on_every_kind_of_machine(requ
     assert cuda.wrong(off, program, x) > 0
 
 
+@pytest.mark.slow
 def test_a_network_is_prepared_as_it_is_timed() -> None:
     model = settle(resnet18(8), images(8, 32, seed=3))
     program = cuda.integer_network(model, images(4, 32, seed=4).split(1), get("cuda-sm_80"))

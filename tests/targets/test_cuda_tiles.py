@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=st
 CONSTANTS = ("weight", "bias", "m", "tickets")
 DOTS, TENSORS, TURING = "cuda-sm_61", "cuda-sm_80", "cuda-sm_75"
 # Every entry point that an example needs is compiled by g++, which takes longer than to run it.
-few = settings(bounded, max_examples=8)
+few = settings(bounded, max_examples=5)
 TARGETS = [TENSORS, DOTS, pytest.param(TURING, marks=pytest.mark.slow)]
 
 

@@ -12,13 +12,21 @@ from qcompile import ops
 from qcompile.ops import Act, Row, Sample
 from qcompile.ops.linear import LINEAR
 from qcompile.targets import get
+from qcompile.targets.base import InstructionSet
 from qcompile.targets.emitters import emitters_for
+from qcompile.targets.nvidia import Gpu
 
 
 def _with_kernels(targets: list[Any]) -> list[Any]:
-    """Every row on every target that has a kernel for it."""
+    """Every row on every target that has a kernel for it. On GPUs only products differ by what they have."""
+
+    def again(row: Row, isa: InstructionSet) -> bool:
+        return isinstance(isa, Gpu) and not isa.tensor_cores and row.name not in ("conv1d", "conv2d", "linear")
+
     return [
-        pytest.param(row, name, marks=marks, id=f"{row.name}-{name}")
+        pytest.param(
+            row, name, marks=[*marks, *[pytest.mark.slow] * again(row, get(name).isa)], id=f"{row.name}-{name}"
+        )
         for name, marks in ((target.values[0], target.marks) for target in targets)
         for row in ops.ROWS
         if operator(row) in emitters_for(get(name))

@@ -82,12 +82,15 @@ def test_a_network_is_alive_throughout(network: Network) -> None:
 
 def _reduced() -> list[Any]:
     """Every target with every network; of those for GPUs, long to compile, `make test` has two."""
-    rare = {network for network in REDUCED if network.name not in ("resnet18", "mobilenetv2")}
+    usual = {("resnet18", "cuda-sm_61"), ("mobilenetv2", "cuda-sm_80")}
     return [
         pytest.param(
             network,
             *target.values,
-            marks=[*target.marks, *[pytest.mark.slow] * (network in rare and target.values[0] in CUDA)],
+            marks=[
+                *target.marks,
+                *[pytest.mark.slow] * (target.values[0] in CUDA and (network.name, *target.values) not in usual),
+            ],
         )
         for network in REDUCED
         for target in quick(TARGETS)
@@ -139,7 +142,7 @@ def test_the_number_of_threads_changes_no_bit(target: str) -> None:
         assert [different(model(x).numpy(), want) for x, (want,) in answers(REDUCED[0])] == [0, 0]
 
 
-@pytest.mark.parametrize("target", quick(CUDA))
+@pytest.mark.parametrize("target", quick(CUDA, gpus=("cuda-sm_80",)))
 def test_a_network_for_a_gpu_takes_every_batch(target: str, request: pytest.FixtureRequest) -> None:
     """Also where a grid of blocks depends on it."""
     skip_unless_runnable(target)

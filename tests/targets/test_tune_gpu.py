@@ -152,6 +152,7 @@ def _kernel(shape: Any, filters: Any, numbers: Any, gpu: Any, symbols: Any, conf
     return replace(made, name="failing", constants=(weight[:16], *others))
 
 
+@pytest.mark.slow
 def test_a_wrong_candidate_is_left_out_and_spoils_no_other(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
