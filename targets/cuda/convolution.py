@@ -62,6 +62,7 @@ _TENSOR_TILES = (
     Tile(32, 32, 2, 2),
     Tile(16, 64, 1, 4),
 )
+_DOT_TILES = (Tile(64, 64, 2, 4), Tile(32, 64, 2, 4), Tile(32, 32, 2, 2))
 _SHARES = (1, 2, 4, 8)
 _LEAST_SHARE = 4  # tiles of depth of a block
 
@@ -69,7 +70,6 @@ _LEAST_SHARE = 4  # tiles of depth of a block
 # least, a step through memory and barrier, and the meeting of blocks that share a tile. What a tile must use a byte
 # of shared memory for, and the threads that a processor holds.
 _STEP, _MEETING, _REUSE, _RESIDENT_THREADS = 3200, 64_000, 48, 2048
-_DOT_TILES = (Tile(64, 64, 2, 4), Tile(32, 64, 2, 4), Tile(32, 32, 2, 2))
 
 
 def tiles(gpu: Gpu) -> list[Tile]:
