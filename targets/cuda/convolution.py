@@ -10,7 +10,19 @@ import numpy as np
 from tvm import tirx
 
 from qcompile.targets.cpu.epilogue import Requantize
-from qcompile.targets.cuda.launch import Launch, Long, Number, ceil_div, each, image, kernel, margin, requantize, words
+from qcompile.targets.cuda.launch import (
+    Launch,
+    Long,
+    Number,
+    at_least_one,
+    ceil_div,
+    each,
+    image,
+    kernel,
+    margin,
+    requantize,
+    words,
+)
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel
 from qcompile.targets.generator import Generator
@@ -190,7 +202,7 @@ def convolution(
     inputs, residual = _operands(shape)
     image_step, first, down, right, filter_down, filter_right = _steps(shape)
     pixels, outputs = product(shape.y.extents), pitch // shape.groups if shape.groups > 1 else pitch
-    rows, blocks = shape.kernel[0], (_blocks(pixels, tile.tall), -(-outputs // tile.wide))
+    rows, blocks = shape.kernel[0], (at_least_one(ceil_div(pixels, tile.tall)), -(-outputs // tile.wide))
     members: tuple[Number, ...] = (
         pixels,
         *shape.y.extents[1:],
@@ -231,11 +243,6 @@ def convolution(
         # Of a type that no other constant has: equal constants are one, and these are written to.
         constants["tickets"] = np.zeros(4 * tiles, np.uint8)
     return kernel(name, [launch], inputs, (shape.y.size, "int8"), constants, symbols, scratch)
-
-
-def _blocks(pixels: Dim, tall: int) -> Dim:
-    """At least one: it writes the margin."""
-    return max(1, -(-pixels // tall)) if isinstance(pixels, int) else tirx.max(ceil_div(pixels, tall), 1)
 
 
 def _instruction(shape: ConvShape, filters: Filters, gpu: Gpu) -> str:

@@ -42,19 +42,14 @@ struct Multiply {
 
 template <class Operation>
 __device__ __forceinline__ void binary(const int8_t* a, const int8_t* b, int8_t* y, const Binary& c) {
-  int words = c.channels / 4;
-  int64_t count = int64_t(c.images) * c.y.height * c.y.width * words;
-  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
-    int word = int(i % words);
-    int64_t place = i / words;
-    int w = int(place % c.y.width), line = int(place / c.y.width), h = line % c.y.height, n = line / c.y.height;
+  each_word(c.images, c.channels, c.y, [&](int n, int h, int w, int word) {
     int left[4], right[4], value[4];
     c.a.load(a, n, h, w, word, left);
     c.b.load(b, n, h, w, word, right);
 #pragma unroll
     for (int k = 0; k < 4; k++) value[k] = Operation::compute(left[k], right[k], c);
     *reinterpret_cast<uint32_t*>(y + c.y.offset(n, h, w) + word * 4) = pack4(value[0], value[1], value[2], value[3]);
-  }
+  });
   c.margin.fill(y, c.y);
 }
 
@@ -66,12 +61,7 @@ struct Lookup {
 };
 
 __device__ __forceinline__ void lookup(const int8_t* x, const int8_t* table, int8_t* y, const Lookup& c) {
-  int words = c.channels / 4;
-  int64_t count = int64_t(c.images) * c.y.height * c.y.width * words;
-  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
-    int word = int(i % words);
-    int64_t place = i / words;
-    int w = int(place % c.y.width), line = int(place / c.y.width), h = line % c.y.height, n = line / c.y.height;
+  each_word(c.images, c.channels, c.y, [&](int n, int h, int w, int word) {
     uint32_t four = *reinterpret_cast<const uint32_t*>(x + c.x.offset(n, h, w) + word * 4);
     int value[4];
 #pragma unroll
@@ -80,7 +70,7 @@ __device__ __forceinline__ void lookup(const int8_t* x, const int8_t* table, int
       value[k] = table[(row < c.tables ? row : 0) * 256 + byte_of(four, k) + 128];
     }
     *reinterpret_cast<uint32_t*>(y + c.y.offset(n, h, w) + word * 4) = pack4(value[0], value[1], value[2], value[3]);
-  }
+  });
   c.margin.fill(y, c.y);
 }
 

@@ -56,4 +56,17 @@ struct Margin {
   }
 };
 
+// `use` of every word of four channels (a multiple of four) of every pixel of `images` images, a thread each.
+template <class Use>
+__device__ __forceinline__ void each_word(int images, int channels, const Image& y, Use&& use) {
+  int words = channels / 4;
+  int64_t count = int64_t(images) * y.height * y.width * words;
+  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
+    int word = int(i % words);
+    int64_t place = i / words;
+    int line = int(place / y.width);
+    use(line / y.height, line % y.height, int(place % y.width), word);
+  }
+}
+
 }  // namespace qcompile

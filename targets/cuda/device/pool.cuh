@@ -15,12 +15,7 @@ struct Pool {
 
 // Padding is never a value: a window that holds nothing else gives the least.
 __device__ __forceinline__ void max_pool(const int8_t* x, int8_t* y, const Pool& c) {
-  int words = c.channels / 4;
-  int64_t count = int64_t(c.images) * c.y.height * c.y.width * words;
-  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
-    int word = int(i % words);
-    int64_t place = i / words;
-    int w = int(place % c.y.width), line = int(place / c.y.width), h = line % c.y.height, n = line / c.y.height;
+  each_word(c.images, c.channels, c.y, [&](int n, int h, int w, int word) {
     uint32_t best = 0x80808080u;
     for (int row = 0; row < c.filter_height; row++) {
       int from_row = h * c.stride_down - c.padding_top + row * c.dilation_down;
@@ -32,7 +27,7 @@ __device__ __forceinline__ void max_pool(const int8_t* x, int8_t* y, const Pool&
       }
     }
     *reinterpret_cast<uint32_t*>(y + c.y.offset(n, h, w) + word * 4) = best;
-  }
+  });
   c.margin.fill(y, c.y);
 }
 
@@ -47,12 +42,7 @@ struct Average {
 // rows, columns: the first and one past the last of each window, inside the image. m: (rows, columns) of y.
 __device__ __forceinline__ void average_pool(
     const int8_t* x, const int* rows, const int* columns, const float* m, int8_t* y, const Average& c) {
-  int words = c.channels / 4;
-  int64_t count = int64_t(c.images) * c.y.height * c.y.width * words;
-  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
-    int word = int(i % words);
-    int64_t place = i / words;
-    int w = int(place % c.y.width), line = int(place / c.y.width), h = line % c.y.height, n = line / c.y.height;
+  each_word(c.images, c.channels, c.y, [&](int n, int h, int w, int word) {
     int top = rows[2 * h], bottom = rows[2 * h + 1], left = columns[2 * w], right = columns[2 * w + 1];
     int sums[4] = {};
     for (int row = top; row < bottom; row++)
@@ -65,7 +55,7 @@ __device__ __forceinline__ void average_pool(
 #pragma unroll
     for (int k = 0; k < 4; k++) value[k] = requantize(sums[k] - surplus, m[h * c.y.width + w], c.to);
     *reinterpret_cast<uint32_t*>(y + c.y.offset(n, h, w) + word * 4) = pack4(value[0], value[1], value[2], value[3]);
-  }
+  });
   c.margin.fill(y, c.y);
 }
 
