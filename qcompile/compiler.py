@@ -31,7 +31,7 @@ from qcompile.quantizer import QuantizedModel, prepared, run_passes
 from qcompile.specs import input_specs, output_specs
 from qcompile.stages import Stages
 from qcompile.targets import Target, get, requests
-from qcompile.targets.build import build
+from qcompile.targets.build import build, tools
 from qcompile.targets.capability import objection
 from qcompile.targets.nvidia import Gpu
 from qcompile.targets.tune import best_known
@@ -90,6 +90,7 @@ def compile(
     requests.check(where, threads=threads, numerics=numerics, max_accuracy_drop=max_accuracy_drop)
     check_threads(threads, None if lacks(where.machine, where.features) else pool_size())
     metrics.check(max_accuracy_drop, metric, evaluation, strict)
+    tools(where)  # before any work too
     if max_accuracy_drop is not None or numerics != "int8":
         numbers.refuse_int8(model, "numerics" if max_accuracy_drop is None else "max_accuracy_drop")
     pipeline = numbers.chosen_pipeline(numerics, config, pipeline, max_accuracy_drop, strict)

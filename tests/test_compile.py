@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qcompile
-from qcompile.errors import DeviceError, InputError
+from qcompile.errors import BuildError, DeviceError, InputError
+from qcompile.targets.cuda import nvrtc
 
 X = randn(1, 3, 10, 10)
 
@@ -242,6 +244,17 @@ def test_a_model_for_another_machine_is_saved_and_referred_to_but_not_run(
             call()
         assert other in str(caught.value)
         assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("target", "missing"), [("x86-avx2", "linker"), ("arm64-neon", "linker"), ("cuda-sm_80", "compiler")]
+)
+def test_a_missing_tool_is_found_before_any_work(target: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(nvrtc, "_libraries", lambda: ())
+    with pytest.raises(BuildError, match=f"no {missing} for ") as caught:
+        qcompile.compile(nn.Sequential(), target)  # which could not even be captured
+    assert "install" in str(caught.value.remedy)
 
 
 def test_the_artifact_says_how_inputs_and_outputs_are_quantized() -> None:
