@@ -106,9 +106,9 @@ def test_the_product_has_the_bits_of_its_reference_on_every_kind_of_machine(requ
         held = cuda.artifact(program, get("cuda-sm_80"))
     far = request.getfixturevalue("gpu")
     on_gpu: Any = SimpleNamespace(flat=lambda *arrays: far.run(held, *arrays))
-    assert cuda.wrong(on_gpu, program, x) == 0
+    assert cuda.wrong(on_gpu, program, x, by_reference=5) == 0
     off: Any = SimpleNamespace(flat=lambda *arrays: [array + (array == array[3, 5]) for array in on_gpu.flat(*arrays)])
-    assert cuda.wrong(off, program, x) > 0
+    assert cuda.wrong(off, program, x, by_reference=5) > 0
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_a_network_is_prepared_as_it_is_timed() -> None:
     assert not held.golden
     x = images(1, 32, seed=5)
     native = Model(cuda.artifact(program, get("native")))
-    assert cuda.wrong(native, program, x) == 0
+    assert cuda.wrong(native, program, x, by_reference=1) == 0
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
