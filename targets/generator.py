@@ -27,6 +27,6 @@ class Generator:
     instruction: Callable[[ConvShape, Filters, Any], str]
 
 
-def tile_name(rows: int, channels: int, channels_outer: bool) -> str:
-    """How the name of a kernel ends: with its tile, and with the order of its loops where weights stay longest."""
-    return f"{rows}x{channels}{'_channels_outer' if channels_outer else ''}"
+def tile_name(rows: int, channels: int, order: str) -> str:
+    """How the name of a kernel ends: with its tile, and with what a thread takes."""
+    return f"{rows}x{channels}_{order}"

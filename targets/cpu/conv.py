@@ -163,7 +163,7 @@ def conv(
         constants["starts"] = np.asarray(packed.starts, np.int32)
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
     func = _build(shape, config, isa, dot, packed, constants, symbols, steps)
-    label = f"{shape.kind}_{dot.name}_{tile_name(config.rows, len(order), config.channels_outer)}"
+    label = f"{shape.kind}_{dot.name}_{tile_name(config.rows, len(order), config.order)}"
     return Kernel(label, func, tuple(constants.values()))
 
 
@@ -229,7 +229,7 @@ def _build(
             for i, pixel in enumerate(pixels):
                 finish.store(pixel, b, [acc[i * vectors + v] for v in range(vectors)])
 
-        walk(shape.y, rows, blocks, config.channels_outer, tile)
+        walk(shape.y, rows, blocks, config.order, tile)
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
 

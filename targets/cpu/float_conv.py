@@ -171,6 +171,6 @@ def _build(
                     store(y, shape.y.offset(*pixel, channel), value, lanes)
 
         with importing(products):
-            walk(shape.y, config.rows, constants["bias"].size // block, config.channels_outer, tile)
+            walk(shape.y, config.rows, constants["bias"].size // block, config.order, tile)
         clear_halo(y, shape.y, given.types[2])
     return done.result

@@ -62,6 +62,6 @@ def depthwise(shape: ConvShape, given: Real, isa: InstructionSet, symbols: tuple
                 value = narrow(real(value, given.lo, given.hi, lanes), given.types[2], lanes)
                 store(y, shape.y.offset(*place, c), value, lanes)
 
-        walk(shape.y, pixels, padded // lanes, False, tile)
+        walk(shape.y, pixels, padded // lanes, "pixels", tile)
         clear_halo(y, shape.y, given.types[2])
     return Kernel(f"depthwise{kh}x{kw}_fma_{pixels}", done.result, tuple(constants.values()))

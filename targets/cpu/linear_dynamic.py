@@ -155,6 +155,6 @@ def linear_dynamic(
                     value = llvm("float32", lanes, "llvm.fma", real, factor, load(biases, channel, lanes))
                     store_first(y, (r + i) * features, channel, value, lanes, features)
 
-        split_row(rows, config.rows, blocks, config.channels_outer, tile)
+        split_row(rows, config.rows, blocks, config.order, tile)
     label = f"linear_dynamic_{dot.name}_{config.rows}x{vectors * lanes}"
     return Kernel(label, done.result, tuple(constants.values()))

@@ -153,6 +153,6 @@ def linear_weight_only(
                 channel = b * block + i % vectors * LANES
                 store_first(y, (r + i // vectors) * outputs, channel, total[i], LANES, outputs)
 
-        split_row(rows, count_of_rows, blocks, True, tile)
+        split_row(rows, count_of_rows, blocks, "channels", tile)
     bits = 4 if per_step > 1 else 8
     return Kernel(f"linear_weight_only_int{bits}_{count_of_rows}x{block}", done.result, tuple(constants.values()))

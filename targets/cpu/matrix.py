@@ -14,6 +14,9 @@ between the channels of neighbouring taps. The sums go through memory to the epi
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +28,9 @@ from qcompile.targets.base import InstructionSet, MatrixUnit, TileRegisters
 from qcompile.targets.cpu import epilogue
 from qcompile.targets.cpu.conv import channel_order, dot_name, per_channel
 from qcompile.targets.cpu.cuts import Cut, Runs
-from qcompile.targets.cpu.emit import on_each_thread, only_if
+from qcompile.targets.cpu.emit import only_if
 from qcompile.targets.cpu.phases import Phases
-from qcompile.targets.cpu.tasks import split
+from qcompile.targets.cpu.tasks import Order, best_order, split
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel, function
 from qcompile.targets.generator import Generator, tile_name
@@ -44,12 +47,10 @@ class MatrixConfig:
     Attributes:
         tall: register tiles of pixels in a block.
         vectors: register tiles of output channels in a block.
-        channels_outer: a thread keeps the weights of a block and walks over the image (else the other way round).
     """
 
     tall: int
     vectors: int
-    channels_outer: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ class Laid:
     def _cycles(self, unit: MatrixUnit) -> int:
         """In proportion."""
         return self.shape.y.extents[0] * Runs.of(self.shape, unit).cycles(unit)
+
+    @property
+    def images(self) -> int:
+        """How many, or one where that is not known."""
+        batch = self.shape.y.extents[0]
+        return batch if isinstance(batch, int) else 1
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of all that the kernel reads and writes; of one image where their number is not known."""
+        layouts = [layout for layout in (self.shape.x, self.shape.y, self.shape.residual) if layout is not None]
+        dims = [(layout.extents[0], *layout.padded, layout.pitch) for layout in layouts]
+        return sum(math.prod(dim for dim in each if isinstance(dim, int)) for each in dims)
 
     @property
     def joined(self) -> int:
@@ -127,18 +141,6 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
     total = align(shape.y.channels, isa.lanes) // isa.lanes
     steps = int(np.prod(shape.kernel)) // laid.joined * sum_of.count
     tile_bytes = 4 * isa.lanes * sum_of.size
-    image = shape.x.size + shape.y.size + (shape.residual.size if shape.residual else 0)
-    weights = steps * total * tile_bytes
-
-    def outer(config: tuple[int, int]) -> bool:
-        """Whether walking over the image for each block of channels reads less from beyond the caches, or as little."""
-        tall, wide = config
-        if not isinstance(image, int):
-            return True
-        again = isa.l2_bytes // 2  # what is larger is read anew each time
-        of_image = image * (total // wide if image > again else 1)
-        tiles = shape.y.extents[0] * -(-runs.parts // tall)
-        return of_image + weights <= image + weights * (tiles if weights > again else 1)
 
     def cycles(config: tuple[int, int]) -> float:
         tall, wide = config
@@ -151,8 +153,7 @@ def configs(shape: ConvShape, filters: Filters, isa: InstructionSet) -> list[Mat
         for tall, wide in itertools.product(range(1, min(3, runs.parts) + 1), range(1, 7))
         if total % wide == 0 and tall * wide + tall + 1 <= unit.tiles
     ]
-    ranked = sorted(able, key=cycles)
-    return [MatrixConfig(*block, order) for block in ranked for order in (outer(block), not outer(block))]
+    return [MatrixConfig(*block) for block in sorted(able, key=cycles)]
 
 
 def _unit(isa: InstructionSet) -> MatrixUnit:
@@ -196,18 +197,21 @@ def conv(
     unit = _unit(isa)
     laid = Laid.of(shape, unit)
     runs, sum_of = laid.cuts(unit)
-    order = channel_order(config.vectors, isa)
-    packed = pack(filters.weight, laid, order, sum_of, isa.lanes)
-    constants = {"weights": packed.reshape(-1), **per_channel(filters, numbers, isa, order)}
+    lanes = channel_order(config.vectors, isa)
+    packed = pack(filters.weight, laid, lanes, sum_of, isa.lanes)
+    tiles = laid.images * -(-runs.parts // config.tall)
+    order = best_order(packed.nbytes, laid.activation_bytes, tiles, len(packed), isa.l2_bytes)
+    constants = {"weights": packed.reshape(-1), **per_channel(filters, numbers, isa, lanes)}
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
-    func = _build(laid, config, isa, (runs, sum_of), packed.shape, constants, symbols, steps)
-    tile = tile_name(config.tall * runs.cut.size, len(order), config.channels_outer)
+    func = _build(laid, config, order, isa, (runs, sum_of), packed.shape, constants, symbols, steps)
+    tile = tile_name(config.tall * runs.cut.size, len(lanes), order)
     return Kernel(f"{shape.kind}_{unit.name}_{tile}", func, tuple(constants.values()))
 
 
 def _build(
     laid: Laid,
     config: MatrixConfig,
+    order: Order,
     isa: InstructionSet,
     cuts: tuple[Runs, Cut],
     packed: tuple[int, ...],
@@ -228,7 +232,7 @@ def _build(
             given, x = x, T.alloc_buffer((shape.x.size,), isa.storage, scope="global")
             phases.arrange(given, x)
         finish = epilogue.Finish(y, residual, shape.y, shape.residual, integers, floats, isa, config.vectors, steps)
-        tile = Tile(laid, config, runs, sum_of, packed[1:3], isa.lanes, registers, x, weights, integers, finish)
+        tile = Tile(laid, config, order, runs, sum_of, packed[1:3], isa.lanes, registers, x, weights, integers, finish)
         tiles, blocks = shape.y.extents[0] * tile.of_image, packed[0]
 
         def task(at: Any, b: Any) -> None:
@@ -236,13 +240,18 @@ def _build(
             tile.multiply(n, t, b)
             tile.store(n, t, b)
 
-        with on_each_thread(tiles * blocks):
-            with T.attr(0, "pragma_import_llvm", registers.code):
-                registers.begin()
-            split(tiles, blocks, config.channels_outer, task)
-            registers.end()
+        split(tiles, blocks, order, task, _shaped(registers))
         epilogue.fill_halo(y, shape.y, integers, isa)
     return done.result
+
+
+@contextmanager
+def _shaped(registers: TileRegisters) -> Iterator[None]:
+    """Within, a thread has the registers."""
+    with T.attr(0, "pragma_import_llvm", registers.code):
+        registers.begin()
+    yield
+    registers.end()
 
 
 @dataclass(frozen=True)
@@ -257,6 +266,7 @@ class Tile:
 
     laid: Laid
     config: MatrixConfig
+    order: Order
     runs: Runs
     sum_of: Cut
     taps: tuple[int, ...]
@@ -288,7 +298,7 @@ class Tile:
                 )
                 registers.load_pixels(i, T.address_of(self.x[pixel]), shape.stride[1] * shape.x.pitch)
             panel = (((b * kh + i_h) * kw + i_w) * self.sum_of.count + k) * self.config.vectors
-            if self.config.channels_outer:
+            if self.order != "pixels":
                 self._prefetch(t, panel)
             line = 4 * self.lanes  # bytes
             for j in range(self.config.vectors):

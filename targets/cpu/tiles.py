@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompile.targets.base import DotProduct, InstructionSet, Products
+from qcompile.targets.cpu.tasks import Order
 from qcompile.targets.filters import ConvShape
 from qcompile.targets.layout import align
 
@@ -22,13 +23,12 @@ class ConvConfig:
     Attributes:
         rows: output pixels of a register tile; more than a row of the image has are some whole rows.
         vectors: vectors of output channels of a register tile.
-        channels_outer: a thread keeps one block of weights and walks over the image (else it keeps a
-            row of the image and walks over the weights).
+        order: what a thread takes, and how it goes over it.
     """
 
     rows: int
     vectors: int
-    channels_outer: bool
+    order: Order
 
 
 def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, steps: int) -> list[ConvConfig]:
@@ -45,11 +45,12 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, ste
     height, width = height or 1, width or 16 * MOST_ROWS
     spare = 1 + dot.planes  # the prepared activations, and the products
     width_of_vector = 4 * isa.lanes  # bytes
-    outer = steps * total * width_of_vector > isa.l2_bytes // 2  # the weights alone fill half of the cache
+    heavy = steps * total * width_of_vector > isa.l2_bytes // 2  # the weights alone fill half of the cache
+    orders: tuple[Order, ...] = ("channels", "pixels") if heavy else ("pixels", "channels")
 
     def tile(rows: int, vectors: int, issue: int) -> float:
         weights = dot.planes * vectors  # loaded in a step
-        reused = weights if outer else dot.planes * total  # before the loop comes back to them
+        reused = weights if heavy else dot.planes * total  # before the loop comes back to them
         far = weights * width_of_vector / L2_BYTES_A_CYCLE if steps * reused * width_of_vector > isa.l1_bytes else 0.0
         step = max(dot.cycles * rows * vectors / issue, (weights + rows) / issue, LATENCY, far) + LOOP
         store = rows * (3 * vectors + 6 * len(isa.narrows_for(vectors))) / 2
@@ -76,4 +77,4 @@ def tiles(shape: ConvShape, isa: InstructionSet, dot: DotProduct | Products, ste
         return sum(cycles(tile, issue) / least[issue] for issue in isa.issue), -tile[1]  # of equals, fewer blocks
 
     ranked = sorted(able, key=rank)
-    return [ConvConfig(*tile, order) for tile in ranked for order in (outer, not outer)]
+    return [ConvConfig(*tile, order) for tile in ranked for order in orders]

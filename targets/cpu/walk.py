@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qcompile.targets.cpu.tasks import split, split_row
+from qcompile.targets.cpu.tasks import Order, split, split_row
 from qcompile.targets.layout import Dim, Layout
 
 Pixels = list[tuple[Any, Any, Any]]
@@ -16,7 +16,7 @@ Tile = Callable[[Pixels, Any], None]
 """(pixels, block of output channels): emits the code of one tile."""
 
 
-def walk(y: Layout, rows: int, blocks: int, channels_outer: bool, tile: Tile) -> None:
+def walk(y: Layout, rows: int, blocks: int, order: Order, tile: Tile) -> None:
     """Emit `tile` for all of `y`, `rows` pixels and one of `blocks` of channels at a time.
 
     One long row is cut into tiles across threads; otherwise a thread takes whole image rows, or as many of them as
@@ -25,10 +25,10 @@ def walk(y: Layout, rows: int, blocks: int, channels_outer: bool, tile: Tile) ->
     batch, height, width = y.extents
     lines: Dim = batch * height
     if isinstance(lines, int) and lines == 1:
-        split_row(width, rows, blocks, channels_outer, lambda w, b, count: tile(_row(0, 0, w, count), b))
+        split_row(width, rows, blocks, order, lambda w, b, count: tile(_row(0, 0, w, count), b))
         return
     if isinstance(height, int) and isinstance(width, int) and 0 < width < rows:
-        _whole_rows(y, rows // width, blocks, channels_outer, tile)
+        _whole_rows(y, rows // width, blocks, order, tile)
         return
     full = width // rows
     rest = width % rows if isinstance(width, int) else None
@@ -43,14 +43,14 @@ def walk(y: Layout, rows: int, blocks: int, channels_outer: bool, tile: Tile) ->
             with T.serial(0, width - full * rows) as i:
                 tile(_row(n, h, full * rows + i, 1), b)
 
-    split(lines, blocks, channels_outer, line)
+    split(lines, blocks, order, line)
 
 
 def _row(n: Any, h: Any, w: Any, count: int) -> Pixels:
     return [(n, h, w + i) for i in range(count)]
 
 
-def _whole_rows(y: Layout, tall: int, blocks: int, channels_outer: bool, tile: Tile) -> None:
+def _whole_rows(y: Layout, tall: int, blocks: int, order: Order, tile: Tile) -> None:
     """Tiles of `tall` rows of the image."""
     batch, height, width = y.extents
     full, rest = divmod(height, tall)
@@ -70,4 +70,4 @@ def _whole_rows(y: Layout, tall: int, blocks: int, channels_outer: bool, tile: T
             with T.Else():
                 tile(pixels(n, full * tall, rest), b)
 
-    split(batch * groups, blocks, channels_outer, group)
+    split(batch * groups, blocks, order, group)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import get_args
+from unittest import mock
 
 import pytest
 from execution import X86
@@ -19,6 +21,7 @@ from qcompile.targets.cpu.conv import conv
 from qcompile.targets.cpu.depthwise import DepthwiseConfig, depthwise
 from qcompile.targets.cpu.depthwise_dot import DepthwiseDotConfig, depthwise_dot
 from qcompile.targets.cpu.epilogue import Requantize
+from qcompile.targets.cpu.tasks import Order
 from qcompile.targets.cpu.tiles import ConvConfig
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel
@@ -35,7 +38,7 @@ def legal_configs(geometry: Geometry, lanes: int) -> st.SearchStrategy[ConvConfi
         ConvConfig,
         rows=st.integers(1, 12),
         vectors=st.sampled_from([v for v in range(1, 5) if vectors % v == 0]),
-        channels_outer=st.booleans(),
+        order=st.sampled_from(get_args(Order)),
     )
 
 
@@ -85,9 +88,15 @@ def test_a_depthwise_convolution_is_right_for_every_shape_and_tile(
 
 @pytest.mark.parametrize("target", WITH_MATRIX)
 @bounded
-@given(geometry=geometries(), width=st.integers(0, 40), channels=st.integers(1, 150), number=st.integers(0, 60))
-def test_a_convolution_on_a_matrix_unit_is_right_for_every_shape_and_block(
-    target: str, geometry: Geometry, width: int, channels: int, number: int
+@given(
+    geometry=geometries(),
+    width=st.integers(0, 40),
+    channels=st.integers(1, 150),
+    number=st.integers(0, 60),
+    order=st.sampled_from(get_args(Order)),
+)
+def test_a_convolution_on_a_matrix_unit_is_right_for_every_shape_block_and_order(
+    target: str, geometry: Geometry, width: int, channels: int, number: int, order: Order
 ) -> None:
     size = geometry.size[0], geometry.size[1] + width
     geometry = replace(geometry, size=size, channels=channels, groups=1, tight=False)
@@ -95,6 +104,7 @@ def test_a_convolution_on_a_matrix_unit_is_right_for_every_shape_and_block(
     def generate(shape: ConvShape, filters: Filters, numbers: Requantize, isa: InstructionSet) -> Kernel:
         assume(matrix.suits(shape, isa))
         blocks = matrix.configs(shape, filters, isa)
-        return matrix.conv(shape, filters, numbers, isa, config=blocks[number % len(blocks)])
+        with mock.patch.object(matrix, "best_order", return_value=order):
+            return matrix.conv(shape, filters, numbers, isa, config=blocks[number % len(blocks)])
 
     assert mismatching(geometry, target, generate) == 0

@@ -10,6 +10,7 @@ from qcompile.targets import get
 from qcompile.targets.cpu.choose import generator_for
 from qcompile.targets.cpu.conv import configs, dot_of
 from qcompile.targets.cpu.epilogue import Requantize
+from qcompile.targets.cpu.tasks import best_order
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.layout import Layout
 
@@ -54,3 +55,21 @@ def test_kernels_of_different_tiles_have_different_names(target: str, channels: 
     tiles = generator.configs(shape, filters, isa)[:6]
     names = [generator.kernel(shape, filters, Requantize(-128), isa, config=tile).name for tile in tiles]
     assert len(set(names)) == len(names) > 1
+
+
+KIB, L2 = 1 << 10, 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("order", "weights", "activations", "tiles"),
+    [
+        ("strips", 64 * KIB, 400 * KIB, 25),  # the image is what would come from other threads' caches
+        ("channels", 2048 * KIB, 100 * KIB, 4),  # the weights are far more than that
+        ("pixels", 64 * KIB, 400 * KIB, 3),  # strips would keep the threads waiting for each other
+        ("pixels", 64 * KIB, 1600 * KIB, 200),  # for every block the image would come from beyond the cache again
+    ],
+)
+def test_a_thread_reads_as_little_as_it_can_from_beyond_its_caches(
+    order: str, weights: int, activations: int, tiles: int
+) -> None:
+    assert best_order(weights, activations, tiles, 8, L2) == order
