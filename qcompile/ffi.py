@@ -319,9 +319,12 @@ def to_dlpack(tensor: Object) -> Any:
     return _capsule_new(managed, b"dltensor", None)
 
 
-def set_stream(device: int, stream: int) -> None:
-    """The stream, a handle of CUDA's, on which the calling thread's next kernels run; 0: the default one."""
-    _check(load().TVMFFIEnvSetStream(CUDA, device, stream, None))
+def set_stream(device: int, stream: int) -> int:
+    """The stream, a handle of CUDA's, on which the calling thread's next kernels run; 0: the default one. Returns the
+    one before."""
+    before = c_void_p()
+    _check(load().TVMFFIEnvSetStream(CUDA, device, stream, byref(before)))
+    return before.value or 0
 
 
 def array_of(items: Iterable[Object]) -> Object:

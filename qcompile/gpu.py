@@ -4,8 +4,9 @@ Two ways in: NumPy arrays are copied to the GPU and the outputs back, when all i
 are used where they lie, on PyTorch's stream, and so are the outputs: nothing is copied, and nothing waited for.
 
 All models take their memory from one pool, which gives it to the next call as soon as the last has been handed to the
-GPU. That is right on one stream, whose kernels run in order. So calls are handed over one at a time, and where a call
-comes on another stream than the last one, it begins when the last stream has done what it was given until then.
+GPU, or as an output is dropped that a stream may still read. That is right on one stream, whose kernels run in order.
+So calls are handed over one at a time, and begin when all other streams of earlier calls have done what they were given
+until then.
 """
 
 from __future__ import annotations
@@ -29,26 +30,28 @@ _SHAPES_KEPT = 16  # sets of inputs whose memory on the GPU is kept
 
 
 class _Turn:
-    """Whose turn it is to hand kernels to the GPU, and on which stream the last one did."""
+    """Whose turn it is to hand kernels to the GPU, and on which streams that was done."""
 
     def __init__(self) -> None:
-        self._lock, self._last = threading.Lock(), _DEFAULT_STREAM
+        self._lock, self._streams = threading.Lock(), {_DEFAULT_STREAM}
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
-        """TVM launches on `stream`, behind all that was launched before. Raises DeviceError where the GPU fails."""
+        """TVM launches on `stream`, behind all that its other streams were given. Raises DeviceError where the GPU
+        fails."""
         with self._lock, cuda.chosen():
             try:
-                if stream != self._last:
-                    device = ffi.device(ffi.CUDA, cuda.DEVICE)
-                    ffi.call(ffi.function("runtime.Device_StreamSyncFromTo"), device, self._last, stream)
-                    self._last = stream
-                ffi.set_stream(cuda.DEVICE, stream)
-                yield
+                device = ffi.device(ffi.CUDA, cuda.DEVICE)
+                for other in self._streams - {stream}:
+                    ffi.call(ffi.function("runtime.Device_StreamSyncFromTo"), device, other, stream)
+                self._streams.add(stream)
+                before = ffi.set_stream(cuda.DEVICE, stream)
+                try:
+                    yield
+                finally:
+                    ffi.set_stream(cuda.DEVICE, before)
             except RuntimeError as error:  # what TVM raises
                 raise cuda.failed(error) from error
-            finally:
-                ffi.set_stream(cuda.DEVICE, _DEFAULT_STREAM)
 
 
 _TURN = _Turn()
@@ -190,6 +193,11 @@ def is_on_gpu(torch: Any, inputs: Sequence[Any]) -> bool:
 
 def run_on_gpu(torch: Any, inputs: Sequence[Any], check: InputChecker, run: Run) -> list[Any]:
     """PyTorch's tensors on the GPU to such tensors, on its current stream. Raises InputError as a call does."""
+    if torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            "the call would be recorded in a CUDA graph of PyTorch's, and its memory is another call's afterwards",
+            remedy="call the model outside of torch.cuda.graph: it launches its kernels as a graph itself",
+        )
     check.require([_Given(tuple(x.shape), _dtype(x)) for x in inputs])
     kept = [_readable(torch, x) for x in inputs]
     stream = int(torch.cuda.current_stream(cuda.DEVICE).cuda_stream)

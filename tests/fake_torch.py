@@ -17,6 +17,7 @@ from qcompile import cuda, ffi, gpu
 strided, sparse_coo = "torch.strided", "torch.sparse_coo"
 copies = 0
 _stream = 0
+_capturing = False
 
 
 class Tensor:
@@ -52,9 +53,16 @@ class Tensor:
     def cpu(self) -> np.ndarray:
         """Waits, as PyTorch does."""
         assert isinstance(self.held, ffi.Object)
-        array = gpu._copied(self.held)
         cuda.check(cuda.load().cudaStreamSynchronize(_stream), "waiting")
-        return array
+        return gpu._copied(self.held)
+
+    def clone_later(self) -> Tensor:
+        """What the current stream will read here."""
+        copy = on_gpu(np.zeros(self.shape, self.dtype.removeprefix("torch.")))
+        nbytes = int(np.prod(self.shape)) * np.dtype(self.dtype.removeprefix("torch.")).itemsize
+        status = cuda.load().cudaMemcpyAsync(copy.data_ptr(), self.data_ptr(), nbytes, 3, _stream)
+        cuda.check(status, "copying on the GPU")
+        return copy
 
     def clone(self) -> Tensor:
         global copies
@@ -88,9 +96,10 @@ def use_new_stream() -> int:
     return _stream
 
 
-def use_default_stream() -> None:
+def use_stream(stream: int) -> None:
+    """The current one from now on."""
     global _stream
-    _stream = 0
+    _stream = stream
 
 
 def _to_dlpack(tensor: Tensor) -> Any:
@@ -98,7 +107,9 @@ def _to_dlpack(tensor: Tensor) -> Any:
     return ffi.to_dlpack(tensor.held)
 
 
-cuda_module = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=_stream))
+cuda_module = SimpleNamespace(
+    current_stream=lambda device: SimpleNamespace(cuda_stream=_stream), is_current_stream_capturing=lambda: _capturing
+)
 utils = SimpleNamespace(
     dlpack=SimpleNamespace(to_dlpack=_to_dlpack, from_dlpack=lambda capsule: Tensor(ffi.from_dlpack(capsule)))
 )

@@ -178,12 +178,44 @@ def test_calls_on_other_streams_come_one_after_another(chain: Artifact) -> None:
     code = """
 given = torch.on_gpu(x)
 for call in range(3):
-    for stream in (torch.use_default_stream, torch.use_new_stream, torch.use_new_stream):
+    for stream in (lambda: torch.use_stream(0), torch.use_new_stream, torch.use_new_stream):
         stream()
         np.testing.assert_array_equal(model(given).cpu(), wanted[0])
         np.testing.assert_array_equal(model(x), wanted[0])
 assert counter("captured_launches") == 2
 assert counter("graph_launches") == 17
+"""
+    _python(chain, TORCH + code, PYTHONPATH=TESTS)
+
+
+def test_a_stream_may_still_read_an_output_that_was_dropped(chain: Artifact) -> None:
+    code = """
+given, other = torch.on_gpu(x), torch.on_gpu(x[::-1] + 1)
+first = torch.use_new_stream()
+y = model(given)
+second = torch.use_new_stream()
+model(other)
+torch.use_stream(first)
+read, place = y.clone_later(), y.data_ptr()
+del y
+torch.use_stream(second)
+z = model(other)
+assert z.data_ptr() == place
+assert not np.array_equal(z.cpu(), wanted[0])
+torch.use_stream(first)
+np.testing.assert_array_equal(read.cpu(), wanted[0])
+"""
+    _python(chain, TORCH + code, PYTHONPATH=TESTS)
+
+
+def test_a_call_is_not_recorded_in_a_graph_of_pytorchs(chain: Artifact) -> None:
+    code = """
+import pytest
+given = torch.on_gpu(x)
+model(given)
+fake_torch._capturing = True
+with pytest.raises(qcompile.errors.InputError, match="would be recorded in a CUDA graph"):
+    model(given)
 """
     _python(chain, TORCH + code, PYTHONPATH=TESTS)
 

@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 import qcompile
 from qcompile import device
 from qcompile.compiled import CompiledModel
+from qcompile.errors import InputError
 
 
 def _unavailable() -> str:
@@ -120,6 +121,32 @@ def test_outputs_are_the_callers_to_keep(model: CompiledModel, request: pytest.F
     assert len({y.data_ptr() for y in kept}) == len(kept)
     for x, y in zip(inputs, kept, strict=True):
         check(model, y, x, request)
+
+
+def test_a_stream_may_still_read_an_output_that_was_dropped(
+    model: CompiledModel, request: pytest.FixtureRequest
+) -> None:
+    x, other = images(2, SIZE, seed=55), images(2, SIZE, seed=56).cuda()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        y = model(x.cuda())
+    with torch.cuda.stream(second):
+        model(other)
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(20_000_000)
+        read = y + 0.0
+        del y
+    with torch.cuda.stream(second):
+        for _ in range(3):
+            model(other)
+    torch.cuda.synchronize()
+    check(model, read, x, request)
+
+
+def test_a_call_is_not_recorded_in_a_graph_of_pytorchs(model: CompiledModel) -> None:
+    x = images(2, SIZE, seed=57).cuda()
+    with pytest.raises(InputError, match="would be recorded"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        model(x)
 
 
 def test_outputs_go_on_by_dlpack(model: CompiledModel, request: pytest.FixtureRequest) -> None:

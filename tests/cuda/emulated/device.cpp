@@ -48,11 +48,28 @@ Status Device::fail(Status status, const std::string& text) {
 }
 
 Status Device::drain() {
-  if (failure != success || queue.empty()) return failure;
-  std::vector<Operation> operations;
-  operations.swap(queue);
+  for (Stream* stream : std::set<Stream*>(streams)) drain(stream);
+  return failure;
+}
+
+Stream* Device::known(Stream* stream) {
+  return stream == nullptr || reinterpret_cast<uintptr_t>(stream) <= 2 ? &null : stream;
+}
+
+Status Device::run(Stream* stream, const bool& done) {
+  while (failure == success && !done && !stream->queue.empty()) {
+    Operation operation = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    failure = operation();
+  }
+  return failure;
+}
+
+Status Device::drain(Stream* stream) {
+  stream = known(stream);
+  if (failure != success || stream->queue.empty()) return failure;
   for (auto& item : memory) item.second->open(true);
-  for (size_t i = 0; i < operations.size() && failure == success; i++) failure = operations[i]();
+  run(stream, false);
   for (auto& item : memory) {
     if (failure == success && !item.second->intact())
       failure = fail(illegal_address, "a write beyond " + std::to_string(item.second->size()) + " bytes of memory");
@@ -62,7 +79,7 @@ Status Device::drain() {
 }
 
 Status Device::submit(Stream* stream, Operation operation) {
-  if (stream == nullptr || reinterpret_cast<uintptr_t>(stream) <= 2) stream = &null;
+  stream = known(stream);
   if (failure != success) return failure;
   if (stream->capturing) {
     if (stream->invalidated) return capture_invalidated;
@@ -71,7 +88,7 @@ Status Device::submit(Stream* stream, Operation operation) {
   }
   // The default stream waits for all others, hence for what is not being done.
   if (stream == &null && outside_capture() != success) return capture_unsupported;
-  queue.push_back(std::move(operation));
+  stream->queue.push_back(std::move(operation));
   return success;
 }
 
@@ -193,7 +210,7 @@ Status Device::copy(void* to, const void* from, size_t bytes, int kind, Stream* 
     counters[name]++;
     return success;
   });
-  return status == success && !to_device && !is_pinned(to) && !records ? drain() : status;
+  return status == success && !to_device && !is_pinned(to) && !records ? drain(stream) : status;
 }
 
 }  // namespace qcompile::emulated

@@ -1,12 +1,15 @@
 // The GPU that the libraries here pretend to be: its memory, its modules, and what it has been told to do.
 //
 // What a stream is told is done when someone waits for it, as by a GPU that is slow: who forgets to wait gets old
-// bytes. All streams are one queue, in the order of the calls. Between, the memory of the device cannot be touched.
+// bytes. So is it with what the other streams were told, but for what this one was told to wait for; no stream waits for
+// another by itself, as PyTorch's do not. Between, the memory of the device cannot be touched.
 #pragma once
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -41,6 +44,7 @@ using Graph = std::vector<Operation>;
 struct Stream {
   bool capturing = false, invalidated = false;
   Graph captured;
+  std::deque<Operation> queue;
 };
 
 struct Module {
@@ -70,14 +74,19 @@ struct Device {
   std::map<std::pair<Module*, std::string>, std::unique_ptr<Function>> functions;
   Stream null;
   Stream* capturing = nullptr;  // the one stream that records, if any
-  std::vector<Operation> queue;
+  std::set<Stream*> streams{&null};
   Random random;
 
   Device();
   Status fail(Status status, const std::string& text);
-  // Do what is queued.
+  // Do what all streams were told, or one of them.
   Status drain();
-  // Run, later or as a part of a graph. `stream` is what the caller has: null, 1 and 2 are the default ones.
+  Status drain(Stream* stream);
+  // The same in the middle of it, till `done`.
+  Status run(Stream* stream, const bool& done);
+  // What the caller has of it: null, 1 and 2 are the default ones.
+  Stream* known(Stream* stream);
+  // Run, later or as a part of a graph.
   Status submit(Stream* stream, Operation operation);
   // For calls that the device cannot do while a stream records: they spoil the recording.
   Status outside_capture();

@@ -147,6 +147,6 @@ extern "C" __attribute__((visibility("default"))) const char* qcompile_emulated_
 // Forget a failure, which otherwise every later call reports: a test that provoked one leaves none behind.
 extern "C" __attribute__((visibility("default"))) void qcompile_emulated_reset() {
   LOCK;
-  device().queue.clear();
+  for (Stream* stream : device().streams) stream->queue.clear();
   device().failure = success;
 }

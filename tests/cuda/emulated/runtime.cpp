@@ -2,6 +2,7 @@
 #include <stdio.h>
 
 #include <chrono>
+#include <utility>
 
 #include "device.h"
 
@@ -16,8 +17,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+struct Moment {
+  Stream* stream;
+  Clock::time_point time;
+  bool done = false;
+};
+
 struct Event {
-  std::shared_ptr<Clock::time_point> time = std::make_shared<Clock::time_point>();  // a graph may outlive the event
+  std::shared_ptr<Moment> last;  // a stream may outlive the event
 };
 
 thread_local int last = success;
@@ -166,7 +173,7 @@ API cudaGetLastError() {
 
 API cudaStreamCreate(Stream** stream) {
   LOCK;
-  *stream = new Stream;
+  device().streams.insert(*stream = new Stream);
   return noted(device().failure);
 }
 
@@ -175,19 +182,22 @@ API cudaStreamCreateWithFlags(Stream** stream, unsigned) { return cudaStreamCrea
 API cudaStreamDestroy(Stream* stream) {
   LOCK;
   if (device().capturing == stream) device().capturing = nullptr;
+  device().drain(stream);
+  device().streams.erase(stream);
   delete stream;
   return success;
 }
 
-API cudaStreamSynchronize(Stream*) {
+API cudaStreamSynchronize(Stream* stream) {
   LOCK;
   Status status = device().outside_capture();
-  return noted(status == success ? device().drain() : status);
+  return noted(status == success ? device().drain(stream) : status);
 }
 
-API cudaStreamWaitEvent(Stream* stream, Event*, unsigned) {
+API cudaStreamWaitEvent(Stream* stream, Event* event, unsigned) {
   LOCK;
-  return noted(device().submit(stream, [] { return success; }));  // the queue is in order
+  if (event->last == nullptr) return success;  // nothing to wait for
+  return noted(device().submit(stream, [last = event->last] { return device().run(last->stream, last->done); }));
 }
 
 API cudaEventCreate(Event** event) {
@@ -203,16 +213,19 @@ API cudaEventDestroy(Event* event) {
 
 API cudaEventRecord(Event* event, Stream* stream) {
   LOCK;
-  return noted(device().submit(stream, [time = event->time] {
-    *time = Clock::now();
+  event->last = std::make_shared<Moment>();
+  event->last->stream = device().known(stream);
+  return noted(device().submit(stream, [last = event->last] {
+    last->time = Clock::now();
+    last->done = true;
     return success;
   }));
 }
 
-API cudaEventSynchronize(Event*) { return cudaStreamSynchronize(nullptr); }
+API cudaEventSynchronize(Event* event) { return event->last ? cudaStreamSynchronize(event->last->stream) : success; }
 
 API cudaEventElapsedTime(float* milliseconds, const Event* from, const Event* to) {
-  *milliseconds = std::chrono::duration<float, std::milli>(*to->time - *from->time).count();
+  *milliseconds = std::chrono::duration<float, std::milli>(to->last->time - from->last->time).count();
   return success;
 }
 
@@ -232,10 +245,10 @@ API cudaStreamEndCapture(Stream* stream, Graph** graph) {
   *graph = nullptr;
   if (device().capturing != stream) return noted(illegal_state);
   device().capturing = nullptr;
-  Stream recorded;
-  std::swap(recorded, *stream);
-  if (recorded.invalidated) return noted(capture_invalidated);
-  *graph = new Graph(std::move(recorded.captured));
+  stream->capturing = false;
+  Graph recorded = std::exchange(stream->captured, {});
+  if (std::exchange(stream->invalidated, false)) return noted(capture_invalidated);
+  *graph = new Graph(std::move(recorded));
   return noted(device().failure);
 }
 
