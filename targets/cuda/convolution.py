@@ -79,9 +79,10 @@ _SHARES = (1, 2, 4, 8)
 _LEAST_SHARE = 4  # tiles of depth of a block
 
 # For choosing among them. Tensor cores do 32 products of a tile of depth one (64 bytes) in a cycle; so long take, at
-# least, a step through memory and barrier, and the meeting of blocks that share a tile. What a tile must use a byte
-# of shared memory for, and the threads that a processor holds.
-_STEP, _MEETING, _REUSE, _RESIDENT_THREADS = 3200, 64_000, 48, 2048
+# least, a step through memory and barrier, and the meeting of blocks that share a tile; and for each product of a block
+# its sum's way to memory and back (8 bytes, 16 a cycle). What a tile must use a byte of shared memory for, and the
+# threads that a processor holds.
+_STEP, _MEETING, _PARTIAL, _REUSE, _RESIDENT_THREADS = 3200, 64_000, 16, 48, 2048
 
 
 def tiles(gpu: Gpu) -> list[Tile]:
@@ -153,7 +154,7 @@ def configs(shape: ConvShape, filters: Filters, gpu: Gpu) -> list[Tile]:
         reuse = tile.tall * tile.wide / (tile.tall + tile.wide)
         busy = each * tile.tall * tile.wide * max(1.0, _REUSE / reuse)
         step = max(busy, _STEP * -(-each // together))
-        meeting = 0 if tile.shares == 1 else _MEETING + 2 * tile.shares * tile.tall * tile.wide
+        meeting = _MEETING + max(2 * tile.shares, _PARTIAL * each) * tile.tall * tile.wide if tile.shares > 1 else 0
         return -(-depth // tile.shares) * step + meeting
 
     return sorted([replace(tile, shares=n) for tile in tiles(gpu) for n in shares], key=cost)

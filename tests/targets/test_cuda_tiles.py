@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from qcompile.targets.base import Target
 from qcompile.targets.cpu.epilogue import Requantize
 from qcompile.targets.cuda.compile import source_of
-from qcompile.targets.cuda.convolution import Tile, convolution, generator_for
+from qcompile.targets.cuda.convolution import TILES, Tile, convolution, generator_for
 from qcompile.targets.cuda.launch import Long
 from qcompile.targets.filters import ConvShape, Filters
 from qcompile.targets.function import Kernel
 from qcompile.targets.layout import NO_HALO, Layout
-from qcompile.targets.nvidia import SM_80, Gpu
+from qcompile.targets.nvidia import SM_80, SM_90, Gpu
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
 CONSTANTS = ("weight", "bias", "m", "tickets")
@@ -155,3 +155,19 @@ def test_counters_are_written_to_and_share_their_memory_with_no_constant() -> No
     *others, tickets = convolution(shape, filters, Requantize(0), SM_80, (), Tile(16, 64, 1, 4, 2)).constants
     assert len(others) == 3
     assert tickets.dtype not in {constant.dtype for constant in others}
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "shared"),
+    [(8192, 8192, 8192, False), (6144, 6144, 6144, False), (4096, 3072, 768, False), (49, 4608, 512, True)],
+)
+@pytest.mark.parametrize("gpu", [SM_80, SM_90])
+def test_blocks_share_a_sum_only_where_there_are_few_of_them(
+    gpu: Gpu, rows: int, inputs: int, outputs: int, shared: bool
+) -> None:
+    """What they write of it for one another goes through memory."""
+    x, y = (Layout((rows, channels), False, channels) for channels in (inputs, outputs))
+    shape = ConvShape(x, y, None, (1, 1), (1, 1), (0, 0), (1, 1), 1)
+    any_filters = Filters(np.ones((1, 1, 1, 1), np.int8), np.zeros(1, np.int32), np.ones(1, np.float32), 0)
+    best = TILES.configs(shape, any_filters, gpu)[0]
+    assert (best.shares > 1) == shared
