@@ -12,6 +12,8 @@ from qcompile.targets.base import Target
 from qcompile.targets.nvidia import Gpu
 from qcompile.targets.plan import is_int8
 
+ONLY_MOVES = "it moves floats, and no integer operator reads them"
+
 
 def check(
     target: Target,
@@ -47,10 +49,10 @@ def refuse_float(program: Program, target: Target) -> None:
             continue
         covered = {node.name, *node.meta.get(COVERS, ())}
         rows = [row for row in program.ledger.rows if row.node in covered]
-        reasons = [row.reason for row in rows if row.reason]
+        reasons = [*(row.reason for row in rows if row.reason), ONLY_MOVES]
         raise BuildError(
-            f"{rows[0].op if rows else node.target} stays float, and {target.name} has kernels for integers alone"
-            + (f": {reasons[0]}" if reasons else ""),
+            f"{rows[0].op if rows else node.target} stays float, and {target.name} has kernels for integers alone: "
+            f"{reasons[0]}",
             where=where(node) or node.name,
             source=source(node),
             remedy="replace it, or keep it outside of the compiled model; the targets of processors have float kernels",

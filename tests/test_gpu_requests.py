@@ -66,6 +66,21 @@ def test_an_operator_that_stays_float_is_named_with_line_and_remedy() -> None:
     assert "keep it outside of the compiled model" in said
 
 
+class View(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.conv(x), x[:, :2]
+
+
+def test_an_output_that_is_a_part_of_an_input_is_named_with_the_reason() -> None:
+    with gpu_machine.compiling(), pytest.raises(BuildError, match="it moves floats") as caught:
+        qcompile.compile(View().eval(), TARGET, calibration=images(4), strict=True)
+    assert "x[:, :2]" in str(caught.value)
+
+
 def test_a_layer_that_was_excluded_is_named_with_the_reason() -> None:
     config = qcompile.QuantConfig(exclude=(nn.Conv2d,))
     with gpu_machine.compiling(), pytest.raises(BuildError, match=r"stays float.*excluded by the configuration"):

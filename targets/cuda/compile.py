@@ -59,14 +59,14 @@ def compiler(gpu: Gpu) -> Callable[[str, Gpu], bytes]:
         BuildError: there is no compiler that does.
     """
     nvcc = _tool("nvcc")
-    if nvcc and f"compute_{gpu.capability}" in _architectures(nvcc):
+    if nvcc and shutil.which("gcc") and f"compute_{gpu.capability}" in _architectures(nvcc):  # nvcc starts gcc
         return partial(_by_nvcc, nvcc)
     library = nvrtc.library_for(gpu.capability)
     if library is not None:
         return partial(_by_nvrtc, library)
     raise BuildError(
         f"no compiler for {gpu.architecture} on this machine",
-        where=f"looked for nvcc in PATH and CUDA_HOME (found: {nvcc or 'none'}), and for "
+        where=f"looked for nvcc, which needs gcc, in PATH and CUDA_HOME (found: {nvcc or 'none'}), and for "
         f"{' and '.join(nvrtc.LIBRARIES)} in NVIDIA's packages and the system's folders",
         remedy=nvrtc.REMEDY,
     )
@@ -122,4 +122,8 @@ def _tool(name: str) -> str | None:
 
 @cache
 def _architectures(nvcc: str) -> list[str]:
-    return subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    """Those that it knows; none where it does not run."""
+    try:
+        return subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,18 @@ def test_what_the_compiler_refuses_is_said_in_its_own_words() -> None:
     needs_nvrtc(SM_80)
     with pytest.raises(BuildError, match=r"NVRTC failed(.|\n)*compute_80(.|\n)*no member \"unknown\""):
         cuda.compiled([replace(FILL, function="unknown")], SM_80)
+
+
+@pytest.mark.parametrize("broken", ["nvcc", "gcc"])
+def test_an_nvcc_that_does_not_run_is_not_used(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_nvrtc(SM_80)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_80\nexit 1\n" if broken == "nvcc" else "#!/bin/sh\necho compute_80\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cuda, "_tool", lambda name: str(nvcc) if name == "nvcc" else None)
+    if broken == "gcc":
+        monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    assert cuda.compiled([FILL], SM_80).startswith(b"//")  # NVRTC's
 
 
 @pytest.mark.usefixtures("no_toolkit")
