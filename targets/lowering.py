@@ -222,9 +222,11 @@ class Lowering:
         """`value` (of `node`) in `layout`, made once; extents of one are repeated to fit its shape."""
         isa = self.target.isa
         dtype = dtype or isa.storage
+        before = self._layout(value)
+        if (before, value.dtype) == (layout, dtype) and layout.halo == NO_HALO:
+            return value
         key = (node, layout, fill, dtype)
         if key not in self.copies:
-            before = self._layout(value)
             take = identity(before.shape, layout.shape)
             kernel = self.kernels.gather(before, layout, take, (value.dtype, dtype), fill, isa, self.symbol_args)
             result = self.call(node, kernel, [value], layout, dtype)
