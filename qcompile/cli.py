@@ -6,6 +6,7 @@ other commands work on a device. A mistake prints what was wrong, where and what
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ class _Commands(TyperGroup):
     """Shows a user's mistake as text, not as a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        # PyTorch's threads would else spin while they wait for one that another process keeps from its core.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
             return super().invoke(ctx)
         except QcompileError as error:
