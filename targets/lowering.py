@@ -19,7 +19,6 @@ from tvm import relax, tirx
 
 from qcompile.errors import BuildError
 from qcompile.ir import Program, constant, is_tensor, source, where
-from qcompile.ops.real import OPS
 from qcompile.targets.base import Target
 from qcompile.targets.constants import POOLS, Pool
 from qcompile.targets.cpu.epilogue import Requantize
@@ -35,7 +34,6 @@ from qcompile.targets.take import Take, identity
 from qcompile.targets.workload import Chosen, Workload
 
 q = torch.ops.qcompile
-GIVES_FLOATS = frozenset({q.dequantize.default, q.linear_dynamic.default, q.linear_weight_only.default, *OPS})
 
 
 @dataclass(frozen=True)
