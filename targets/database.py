@@ -11,6 +11,7 @@ A GPU has no threads to choose: its rows have none.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -131,7 +132,8 @@ class Database:
     def _entry(self, row: tuple[Any, ...]) -> Entry:
         entry = Entry(*row)
         try:
-            sound = isinstance(entry.threads, int) and isinstance(json.loads(entry.config), dict)
+            measured = math.isfinite(entry.gain) and math.isfinite(entry.microseconds)
+            sound = measured and isinstance(entry.threads, int) and isinstance(json.loads(entry.config), dict)
         except (TypeError, ValueError):
             sound = False
         if not sound:
@@ -184,7 +186,7 @@ class Database:
                 self._check(connection)
                 yield connection
                 connection.execute("commit")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> ConfigError:

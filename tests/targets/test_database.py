@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -183,16 +184,36 @@ def test_an_empty_file_is_one_that_nobody_has_written_to_yet(tmp_path: Path) -> 
     assert Database(path).entries() == [ENTRY]
 
 
-@pytest.mark.parametrize("config", ["{", "[1]", b"\xff"])
-def test_a_damaged_row_is_named_and_not_merged(tmp_path: Path, config: object) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("config", "{"),
+        ("config", "[1]"),
+        ("config", b"\xff"),
+        ("gain", "fast"),
+        ("gain", math.inf),
+        ("microseconds", b"1"),
+    ],
+)
+def test_a_damaged_row_is_named_and_not_merged(tmp_path: Path, field: str, value: Any) -> None:
     good, bad = Database(tmp_path / "good"), Database(tmp_path / "bad")
     good.add(ENTRY)
-    bad.add(replace(ENTRY, config=config))  # type: ignore[arg-type]
+    bad.add(replace(ENTRY, **{field: value}))
     with pytest.raises(ConfigError, match=r"damaged at conv(.|\n)*bad"):
         bad.chosen(TARGET, 2)
     with pytest.raises(ConfigError, match="damaged"):
         good.merge(bad.path)
     assert good.entries() == [ENTRY]
+
+
+def test_text_that_is_none_is_said(tmp_path: Path) -> None:
+    bad = Database(tmp_path / "bad")
+    bad.add(ENTRY)
+    with closing(sqlite3.connect(bad.path)) as connection:
+        connection.execute("update entries set shape = cast(x'ff' as text)")
+        connection.commit()
+    with pytest.raises(ConfigError, match=r"cannot be used(.|\n)*bad"):
+        bad.entries()
 
 
 def test_a_place_that_cannot_be_written_to_is_found_before_any_work(tmp_path: Path) -> None:
