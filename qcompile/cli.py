@@ -232,12 +232,12 @@ def tune(
     from qcompile.quantizer import quantize
     from qcompile.targets import get
     from qcompile.targets.capability import objection
-    from qcompile.targets.places import where_to_measure
+    from qcompile.targets.tune import check
     from qcompile.targets.tune import tune as tune_kernels
     from qcompile.tuning import Tuning
 
     where, tuning = get(target), Tuning(database, device=device)
-    where_to_measure(where, tuning, threads)  # it is better to know before calibrating
+    check(where, tuning, threads)  # it is better to know before calibrating
     program, batches = read_model(model, batch, calibration)
     found: list[Any] = []
     try:

@@ -30,11 +30,10 @@ from qcompile.passes.base import Progress
 from qcompile.quantizer import QuantizedModel, prepared, run_passes
 from qcompile.specs import input_specs, output_specs
 from qcompile.stages import Stages
-from qcompile.targets import Target, get, requests
+from qcompile.targets import Target, get, requests, tune
 from qcompile.targets.build import build, tools
 from qcompile.targets.capability import objection
 from qcompile.targets.nvidia import Gpu
-from qcompile.targets.tune import best_known
 from qcompile.tuning import Tuning
 
 
@@ -90,7 +89,8 @@ def compile(
     requests.check(where, threads=threads, numerics=numerics, max_accuracy_drop=max_accuracy_drop)
     check_threads(threads, None if lacks(where.machine, where.features) else pool_size())
     metrics.check(max_accuracy_drop, metric, evaluation, strict)
-    tools(where)  # before any work too
+    tools(where)  # what is missing is found before any work too
+    tune.check(where, tuning, threads)
     if max_accuracy_drop is not None or numerics != "int8":
         numbers.refuse_int8(model, "numerics" if max_accuracy_drop is None else "max_accuracy_drop")
     pipeline = numbers.chosen_pipeline(numerics, config, pipeline, max_accuracy_drop, strict)
@@ -119,7 +119,7 @@ def compile_program(
     program = quantized.program
     if strict:
         refuse_float(program, runs=not isinstance(target.isa, Gpu))
-    chosen = best_known(program, target, tuning, threads, progress)
+    chosen = tune.best_known(program, target, tuning, threads, progress)
     steps = iter(range(1, 4))
     with ThreadPoolExecutor(1) as beside:  # the reference runs while TVM compiles, mostly on one core
         golden = beside.submit(golden_cases, program)

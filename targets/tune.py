@@ -96,6 +96,18 @@ def best_known(
     return nearest(entries, target, threads or pool_size())
 
 
+def check(target: Target, tuning: Tuning | str | Path | None, threads: int | None) -> None:
+    """What forbids to use `tuning` is found here, before any work. Raises as `best_known` does."""
+    tuning = tuning if isinstance(tuning, Tuning) else Tuning(tuning)
+    if tuning.database is None:
+        return
+    if not tuning.measure:
+        Database(tuning.database).entries()
+        return
+    where_to_measure(target, tuning, threads)
+    Database(tuning.database).prepare()
+
+
 def tune(
     program: Program,
     target: Target,

@@ -36,6 +36,11 @@ def images() -> list[Tensor]:
     return [torch.randn(1, 3, 18, 18) for _ in range(2)]
 
 
+def unread() -> Iterator[Tensor]:
+    raise AssertionError("it was read")
+    yield
+
+
 def test_tile_registers_are_not_measured_through_rpc(model: nn.Module, tmp_path: Path) -> None:
     program = quantize(model, calibration=images()).program
     tuning = Tuning(tmp_path / "tuned.sqlite", device="pi@127.0.0.1:9")
@@ -45,7 +50,7 @@ def test_tile_registers_are_not_measured_through_rpc(model: nn.Module, tmp_path:
 
 def test_a_target_of_another_machine_needs_a_device(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"cannot be measured here(.|\n)*KEY@HOST:PORT"):
-        qcompile.compile(model, "arm64-neon", calibration=images(), tuning=tmp_path / "tuned.sqlite")
+        qcompile.compile(model, "arm64-neon", calibration=unread(), tuning=tmp_path / "tuned.sqlite")
     assert not (tmp_path / "tuned.sqlite").exists()
 
 
@@ -58,13 +63,9 @@ def test_a_number_of_threads_that_is_none_is_refused(model: nn.Module, tmp_path:
 
 @pytest.mark.parametrize("tuned", [True, False])
 def test_more_threads_than_there_are_are_refused_before_any_work(model: nn.Module, tmp_path: Path, tuned: bool) -> None:
-    def calibration() -> Iterator[Tensor]:
-        raise AssertionError("it was read")
-        yield
-
     path, many = tmp_path / "tuned.sqlite", pool_size() + 1
     with pytest.raises(ConfigError, match=f"{many} threads were asked for, and TVM's pool has {many - 1}"):
-        qcompile.compile(model, NATIVE, calibration=calibration(), tuning=path if tuned else None, threads=many)
+        qcompile.compile(model, NATIVE, calibration=unread(), tuning=path if tuned else None, threads=many)
     program = quantize(model, calibration=images()).program
     with pytest.raises(ConfigError, match=f"{many} threads were asked for"):
         tune.tune(program, get(NATIVE), Tuning(path), threads=many)
@@ -78,7 +79,7 @@ def test_another_machine_may_have_more_threads(model: nn.Module) -> None:
 def test_a_tracker_that_does_not_answer_is_an_error(model: nn.Module, tmp_path: Path) -> None:
     tuning = Tuning(tmp_path / "tuned.sqlite", device="pi@127.0.0.1:9")
     with pytest.raises(DeviceError, match=r"no RPC tracker answers(.|\n)*127.0.0.1:9"):
-        qcompile.compile(model, NATIVE, calibration=images(), tuning=tuning)
+        qcompile.compile(model, NATIVE, calibration=unread(), tuning=tuning)
 
 
 @pytest.mark.parametrize("device", ["pi@localhost", "pi@localhost:99999", 5])
@@ -94,9 +95,15 @@ def test_a_device_without_a_database_is_refused() -> None:
 
 def test_what_is_no_path_is_refused(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match="the tuning database is True"):
-        qcompile.compile(model, NATIVE, calibration=images(), tuning=True)  # type: ignore[arg-type]
+        qcompile.compile(model, NATIVE, calibration=unread(), tuning=True)  # type: ignore[arg-type]
 
 
 def test_a_database_that_is_only_read_must_be_there(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such tuning database"):
-        qcompile.compile(model, NATIVE, calibration=images(), tuning=Tuning(tmp_path / "absent", measure=False))
+        qcompile.compile(model, NATIVE, calibration=unread(), tuning=Tuning(tmp_path / "absent", measure=False))
+
+
+def test_a_file_of_another_kind_is_refused_before_any_work(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("no database")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        qcompile.compile(model, NATIVE, calibration=unread(), tuning=tmp_path / "notes")
