@@ -23,7 +23,8 @@ INTRODUCTION = """\
 
 What `make bench` measured: int8 models of this project, and what other engines make of the same float
 weights, calibration data and inputs. `python -m benchmarks.report` wrote this page from
-`benchmarks/results.json`. Engines are compared within a row.
+`benchmarks/results.json`. Engines are compared within a row; rows may come from several runs, of the commits
+that are named with the versions.
 """
 
 METHOD = """\
@@ -44,6 +45,7 @@ METHOD = """\
   process imports NumPy and the engine, and no more. All engines start without the hooks that installed packages
   may run in every Python (`-S`), and with NumPy's own BLAS, which none of them uses, on one thread. OpenVINO compiles
   the network while it loads it; a cache of its own, which would spare it that, is not used.
+  LiteRT starts as soon as this project where the network is small, or sooner.
   **Memory**: the most that this process held (VmHWM).
 - **SQNR** and **same top-1** compare the outputs with the float model's on held-out data. They belong next
   to the speed, since an engine can be fast by leaving out what it should compute; they are no measure of
@@ -85,12 +87,16 @@ def page(report: Report, avx2: Report | None, other: Report | None) -> str:
     parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
     parts += ["## The machine\n", table.place(report.machine, report.versions)]
     parts += ["## Summary\n", table.markdown(*summary(report)), METHOD]
-    parts += [RESTRICTED, table.markdown(*restricted(avx2))] if avx2 else []
+    parts += [RESTRICTED, measured_on(avx2), table.markdown(*restricted(avx2))] if avx2 else []
     parts += [OTHER, *shortly(other)] if other else []
     parts += ["## Each workload\n"]
     for workload in report.workloads:
         parts += [f"### {workload.name}\n", *details(workload)]
     return "\n".join(parts)
+
+
+def measured_on(report: Report) -> str:
+    return f"Measured on {report.machine['processor']}, commit {report.versions.get('commit', 'unknown')}.\n"
 
 
 def shortly(report: Report) -> Iterable[str]:
