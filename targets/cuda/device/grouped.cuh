@@ -116,7 +116,12 @@ template <bool RESIDUAL>
 __device__ __forceinline__ void grouped(
     const int8_t* x, const int8_t* residual, const int8_t* weight, const int* bias, const float* m, int8_t* y,
     const Grouped& c) {
-  each_word(c.images, c.channels, c.y, [&](int n, int h, int w, int word) {
+  int words = c.channels / 4;
+  int64_t count = int64_t(c.images) * c.y.height * c.y.width * words;
+  for (int64_t i = int64_t(block_x()) * threads() + thread(); i < count; i += int64_t(blocks_x()) * threads()) {
+    int word = int(i % words);
+    int64_t place = i / words;
+    int w = int(place % c.y.width), line = int(place / c.y.width), h = line % c.y.height, n = line / c.y.height;
     const int8_t* from = x + n * c.image_step + c.first + int64_t(h) * c.down + int64_t(w) * c.right;
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(weight) + word;
     int sums[4] = {}, base[4];
@@ -128,14 +133,14 @@ __device__ __forceinline__ void grouped(
     for (int row = 0; row < c.filter_height; row++)
       for (int column = 0; column < c.filter_width; column++) {
         const int8_t* tap = from + int64_t(row) * c.filter_down + column * c.filter_right;
-        for (int input = 0; input < c.inputs; input++, weights += c.channels / 4) {
+        for (int input = 0; input < c.inputs; input++, weights += words) {
           uint32_t f = *weights;
 #pragma unroll
           for (int k = 0; k < 4; k++) sums[k] += tap[base[k] + input] * byte_of(f, k);
         }
       }
     store_four<RESIDUAL>(sums, FourChannels(bias, m, word * 4), residual, y, n, h, w, word * 4, c);
-  });
+  }
   c.margin.fill(y, c.y);
 }
 
