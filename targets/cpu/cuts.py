@@ -78,6 +78,10 @@ class Runs:
         """Of an image."""
         return self.count * self.cut.count
 
+    def tiles(self, tall: int) -> int:
+        """Of an image, each of `tall` parts."""
+        return -(-self.parts // tall)
+
     @property
     def gaps(self) -> bool:
         """Whether a run goes beyond the width."""

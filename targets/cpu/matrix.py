@@ -199,7 +199,7 @@ def conv(
     runs, sum_of = laid.cuts(unit)
     lanes = channel_order(config.vectors, isa)
     packed = pack(filters.weight, laid, lanes, sum_of, isa.lanes)
-    tiles = laid.images * -(-runs.parts // config.tall)
+    tiles = laid.images * runs.tiles(config.tall)
     order = best_order(packed.nbytes, laid.activation_bytes, tiles, len(packed), isa.l2_bytes)
     constants = {"weights": packed.reshape(-1), **per_channel(filters, numbers, isa, lanes)}
     steps = numbers.steps(filters.largest_accumulators(), filters.m, isa)
@@ -280,7 +280,7 @@ class Tile:
     @property
     def of_image(self) -> int:
         """How many tiles an image has."""
-        return -(-self.runs.parts // self.config.tall)
+        return self.runs.tiles(self.config.tall)
 
     def multiply(self, n: Any, t: Any, b: Any) -> None:
         """Let the registers hold the sums."""
