@@ -58,9 +58,10 @@ class Tensor:
 
     def clone_later(self) -> Tensor:
         """What the current stream will read here."""
-        copy = on_gpu(np.zeros(self.shape, self.dtype.removeprefix("torch.")))
-        nbytes = int(np.prod(self.shape)) * np.dtype(self.dtype.removeprefix("torch.")).itemsize
-        status = cuda.load().cudaMemcpyAsync(copy.data_ptr(), self.data_ptr(), nbytes, 3, _stream)
+        assert isinstance(self.held, ffi.Object)
+        nothing = np.zeros(*ffi.described(self.held))
+        copy = on_gpu(nothing)
+        status = cuda.load().cudaMemcpyAsync(copy.data_ptr(), self.data_ptr(), nothing.nbytes, 3, _stream)
         cuda.check(status, "copying on the GPU")
         return copy
 

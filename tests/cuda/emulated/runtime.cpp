@@ -222,7 +222,9 @@ API cudaEventRecord(Event* event, Stream* stream) {
   }));
 }
 
-API cudaEventSynchronize(Event* event) { return event->last ? cudaStreamSynchronize(event->last->stream) : success; }
+API cudaEventSynchronize(Event* event) {  // a stream that has done it may be gone
+  return event->last && !event->last->done ? cudaStreamSynchronize(event->last->stream) : success;
+}
 
 API cudaEventElapsedTime(float* milliseconds, const Event* from, const Event* to) {
   *milliseconds = std::chrono::duration<float, std::milli>(to->last->time - from->last->time).count();
