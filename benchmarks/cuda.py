@@ -205,7 +205,7 @@ class Bench:
         program = integer_network(net, calibration, self.target)
         x = samples(name, batch, seed=2)
         model = Model(artifact(program, self.target))
-        if count := wrong(model, program, x, by_reference=batch == 1):
+        if count := wrong(model, program, x, by_reference=1 if batch == 1 else 0):
             return self.note("networks", f"{name}, batch {batch}", f"not timed: {count} elements are wrong")
         given, peer = x.cuda(), bfloat16(net, x, self.mode)
         runs: dict[str, Run] = {"int8": lambda: model(given), "PyTorch": peer}
