@@ -55,13 +55,19 @@ def _x86_features(cpuinfo: str) -> frozenset[str]:
     return frozenset(flag.replace("_", "") for flag in flags.split())
 
 
+@cache
+def libc() -> ctypes.CDLL:
+    """The C library of this process."""
+    return ctypes.CDLL(None)
+
+
 def _may_use_amx(found: frozenset[str]) -> bool:
     """Ask Linux for the tile registers, which it keeps from a process until then ("Using XSTATE features in user
     space applications" in its documentation)."""
     if "amxtile" not in found:
         return False
     request = (ctypes.c_long(number) for number in (_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA))
-    return bool(ctypes.CDLL(None).syscall(*request) == 0)
+    return bool(libc().syscall(*request) == 0)
 
 
 def _arm_features(hwcap: int, hwcap2: int) -> frozenset[str]:
@@ -82,7 +88,7 @@ def machine() -> tuple[str, frozenset[str]]:
         found = _x86_features(_cpuinfo())
         return name, found if _may_use_amx(found) else found - _AMX
     if name == "aarch64":
-        getauxval = ctypes.CDLL(None).getauxval
+        getauxval = libc().getauxval
         getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
         return name, _arm_features(getauxval(_AT_HWCAP), getauxval(_AT_HWCAP2))
     return name, frozenset()
@@ -154,6 +160,29 @@ def gpu_name() -> str:
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def current_core() -> int:
+    """The core that the calling thread is on. Linux only."""
+    return int(libc().sched_getcpu())
+
+
+def pool_cores() -> list[int]:
+    """The cores that this process may use: the calling thread's, then the others, the fastest first. Linux only."""
+    own = current_core()
+    others = sorted(os.sched_getaffinity(0) - {own})
+    if len(others) > 1:
+        others.sort(key=_frequency, reverse=True)
+    return [own, *others]
+
+
+def _frequency(core: int) -> int:
+    """The most that a core's clock can be, in kHz; 0 where the system does not say."""
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
 
 
 def processor() -> str:

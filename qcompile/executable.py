@@ -13,7 +13,7 @@ import numpy as np
 
 from qcompile import ffi, tensors
 from qcompile.container import ALIGNMENT, Buffer
-from qcompile.device import cores
+from qcompile.device import cores, current_core, pool_cores
 from qcompile.errors import ConfigError, DeviceError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ os.environ["TVM_NUM_THREADS"] = os.environ.get("TVM_NUM_THREADS") or str(cores()
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "3000")
 
 POOLED_ALLOCATOR = 2  # of memory::AllocatorType in TVM
-BIG_CORES = 1  # threading.AffinityMode in TVM: the fastest cores first
+BIG_CORES, GIVEN_CORES = 1, -2  # threading.AffinityMode in TVM: the fastest cores first; a list of cores, one a worker
 _state = threading.local()  # the thread pool and its size belong to the calling thread
 _Result = TypeVar("_Result")
 
@@ -123,13 +123,31 @@ def set_threads(count: int | None) -> None:
     Raises:
         ConfigError: more than the pool has, or TVM_NUM_THREADS is no number of threads.
     """
-    if getattr(_state, "threads", 0) == count:
+    if getattr(_state, "threads", 0) == count and not (_state.workers and current_core() in _state.workers):
         return
-    wanted = pool_size() if count is None else count
-    ffi.call(ffi.function("runtime.config_threadpool"), BIG_CORES, wanted)
+    _state.workers = _configure(pool_size() if count is None else count)
     _state.threads = ffi.call(ffi.function("runtime.NumThreads"))
     check_threads(count, _state.threads)
     _state.threads = count
+
+
+def _configure(count: int) -> frozenset[int]:
+    """Let the calling thread's pool use `count` threads, each worker on a core of its own that is not the caller's;
+    returns the workers' cores.
+
+    TVM by itself counts cores from 0, whichever this process may use, and puts a worker where the caller may be: the
+    two then take turns on one core, call after call. It confines the caller to its list too, which is undone here.
+    """
+    configure = ffi.function("runtime.config_threadpool")
+    if not hasattr(os, "sched_setaffinity"):
+        ffi.call(configure, BIG_CORES, count)
+        return frozenset()
+    allowed, (own, *others) = os.sched_getaffinity(0), pool_cores()
+    try:
+        ffi.call(configure, GIVEN_CORES, count, ffi.array_of(map(str, (own, *others))))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    return frozenset(others[: count - 1] if len(others) + 1 >= pool_size() else ())
 
 
 class Executable:

@@ -37,6 +37,32 @@ print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+CORES = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+allowed = set({allowed})
+os.sched_setaffinity(0, allowed)
+import numpy as np, qcompile, tiny
+from qcompile import device, executable
+
+def workers():
+    return [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+
+def runs_apart(core):
+    "A call by a thread on `core` is right, leaves that thread where it may be, and puts workers on the other cores."
+    executable.current_core = device.current_core = lambda: core
+    x = tiny.random_input(8, core)
+    assert np.array_equal(model(x)["y"], tiny.expected(x))
+    assert os.sched_getaffinity(0) == allowed, os.sched_getaffinity(0)
+    assert sorted(map(sorted, workers())) == [[other] for other in sorted(allowed - {{core}})], workers()
+
+model = qcompile.load({path!r})
+for core in [*allowed, *allowed]:
+    runs_apart(core)
+print("right")
+"""
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("threads") / "tiny.qcm"
@@ -97,3 +123,13 @@ def test_a_child_of_a_process_that_ran_a_model_is_told_so(path: Path) -> None:
     assert "forked after a model had run" in answer
     assert "spawn" in answer
     assert answer.endswith("child 3\n")
+
+
+@pytest.mark.parametrize("first", [0, -1, -2], ids=["all", "the last", "the last two"])
+def test_workers_keep_to_the_cores_of_the_process_and_off_the_callers(path: Path, first: int) -> None:
+    allowed = sorted(os.sched_getaffinity(0))[first:]
+    code = CORES.format(root=str(ROOT), tests=str(ROOT / "tests"), allowed=allowed, path=str(path))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TVM_")}
+    clean["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's library would have a thread of its own
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=clean)
+    assert done.stdout == "right\n", done.stderr
