@@ -7,7 +7,7 @@ is fixed in length and holds the format version and a SHA-256:
     "qcompile-qcm <version, 4 digits> sha256 <hex>"
 
 That digest covers the manifest and every byte before it that is in no member; the manifest holds the SHA-256 of
-every 4 MiB of every other member, so that several cores can check a large one. So any flipped, missing or added
+every MiB of every other member, so that several cores can check a large one. So any flipped, missing or added
 byte is found. This protects against damage, not against forgery: who can write the file can write matching hashes. Load
 artifacts only from whom you would take a program.
 """
@@ -32,9 +32,10 @@ from qcompile.errors import ArtifactError
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
-FORMAT = 3
+FORMAT = 4
 ALIGNMENT = 64
-PART = 4 << 20  # bytes of a member that one digest covers; in formats 1 and 2 it covers all of it
+PART = 1 << 20  # bytes of a member that one digest covers
+_OLDER_PARTS = {3: 4 << 20}  # in formats 1 and 2 it covers all of a member
 MANIFEST = "manifest.json"
 _PART = ".part"  # how the name of a temporary file ends
 _COMMENT = b"qcompile-qcm %04d sha256 %s"
@@ -180,6 +181,7 @@ def decode(
     try:
         manifest, spans = _contents(whole)
         digests = {name: manifest["members"][name]["sha256"] for name in spans}
+        part = _OLDER_PARTS.get(manifest["format"], PART)
         found = _outside(whole, list(spans.values()))
     except _BROKEN as error:
         raise ArtifactError(
@@ -190,32 +192,32 @@ def decode(
             "the artifact is damaged: its manifest or table of contents", where=where, remedy=_COPY_AGAIN
         )
     members = {name: whole[begin:end] for name, (begin, end) in spans.items()}
-    damaged = _damaged(members, digests, meanwhile)
+    damaged = _damaged(members, digests, part, meanwhile)
     if damaged:
         raise ArtifactError(f"the artifact is damaged: member {damaged[0]}", where=where, remedy=_COPY_AGAIN)
     return manifest, members
 
 
 def _damaged(
-    members: Mapping[str, Buffer], digests: Mapping[str, Any], meanwhile: Callable[[], object] | None
+    members: Mapping[str, Buffer], digests: Mapping[str, Any], part: int, meanwhile: Callable[[], object] | None
 ) -> list[str]:
-    """The members that have other digests."""
+    """The members that have other digests, each of `part` bytes."""
     parts: list[tuple[str, memoryview, str]] = []
     damaged: list[str] = []
     for name, data in members.items():
         of = digests[name]
-        size, wanted = (max(len(data), 1), [of]) if isinstance(of, str) else (PART, of)
+        size, wanted = (max(len(data), 1), [of]) if isinstance(of, str) else (part, of)
         found = _parts(data, size)
         if not isinstance(wanted, list) or len(found) != len(wanted):
             damaged.append(name)
             continue
-        parts += [(name, part, digest) for part, digest in zip(found, wanted, strict=True)]
+        parts += [(name, piece, digest) for piece, digest in zip(found, wanted, strict=True)]
 
     def check() -> None:
         with suppress(IndexError):  # another thread took the last one
             while True:
-                name, part, digest = parts.pop()
-                if _digest([part]) != digest:
+                name, piece, digest = parts.pop()
+                if _digest([piece]) != digest:
                     damaged.append(name)
 
     others = [threading.Thread(target=check) for _ in range(min(cores(), len(parts)) - 1 or 1)]

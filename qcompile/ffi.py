@@ -33,6 +33,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from qcompile.device import libc
 from qcompile.errors import DeviceError
 
 CPU, CUDA = 1, 2  # DLDeviceType
@@ -139,6 +140,9 @@ def load() -> Any:
 
 
 def _open(path: str) -> Any:
+    # The linker is called as any foreign function is, without the interpreter's lock, so other threads go on checking
+    # an artifact. ctypes.CDLL keeps it; after this it finds the library open, or says what was wrong.
+    libc().dlopen(path.encode(), os.RTLD_NOW | os.RTLD_GLOBAL)
     try:
         return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
     except OSError as error:
@@ -327,7 +331,7 @@ def set_stream(device: int, stream: int) -> int:
     return before.value or 0
 
 
-def array_of(items: Iterable[Object]) -> Object:
+def array_of(items: Iterable[Object | str]) -> Object:
     """An array of TVM's that holds `items`."""
     return call(function("ffi.Array"), *items)
 

@@ -196,20 +196,6 @@ def test_what_fails_meanwhile_is_said_once_the_other_threads_have_ended() -> Non
         container.decode(memoryview(DATA), "here", fail)
 
 
-def test_a_file_of_an_older_format_has_one_digest_for_a_member(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = json.dumps
-
-    def older(value: Any, **options: Any) -> str:
-        for member in value.get("members", {}).values():
-            (member["sha256"],) = member["sha256"]
-        return write(value, **options)
-
-    monkeypatch.setattr(json, "dumps", older)
-    data = ORIGINAL.to_bytes()
-    assert b'"sha256": "' in bytes(data)
-    assert _same(Artifact.from_bytes(data), ORIGINAL)
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
@@ -227,13 +213,6 @@ def test_inserted_and_overwritten_bytes_are_found(offset: int, data: bytes) -> N
     if overwritten != DATA:
         with pytest.raises(ArtifactError):
             Artifact.from_bytes(overwritten)
-
-
-def test_a_newer_format_is_refused_by_its_number() -> None:
-    newer = container.encode({"format": 7, "anything": "else"}, {"something": b"new"})
-    with pytest.raises(ArtifactError, match=f"format 7; this qcompile reads up to {container.FORMAT}") as caught:
-        Artifact.from_bytes(newer)
-    assert "upgrade qcompile" in str(caught.value)
 
 
 def test_a_manifest_that_is_not_ours_is_refused() -> None:
