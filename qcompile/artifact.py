@@ -103,6 +103,7 @@ class Variant(NamedTuple):
         constants: the tensors that "main" takes after the inputs, as one tuple, in order; may be empty.
         device_code: of a variant for an NVIDIA GPU, its kernels: a fatbin or PTX, as the driver takes it; else empty.
         device_kernels: their names, parameters and launch parameters, as the JSON of TVM's kernel metadata; else "".
+        alignments: on a CPU, of each input: what its address must be a multiple of, in bytes; (): 64 for all.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Variant(NamedTuple):
     constants: Mapping[str, np.ndarray]
     device_code: container.Buffer = b""
     device_kernels: str = ""
+    alignments: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r}, {len(self.library)} bytes of code)"
@@ -251,6 +253,7 @@ def _artifact(manifest: dict[str, Any], members: dict[str, memoryview]) -> Artif
             rank=int(entry["rank"]),
             library=members[f"targets/{entry['name']}/library.so"],
             constants=tensors.decode(members[f"targets/{entry['name']}/constants.safetensors"]),
+            alignments=_alignments(entry, inputs),
             **_device_part(entry, members),
         )
         for entry in manifest["targets"]
@@ -283,8 +286,16 @@ def _target(variant: Variant) -> dict[str, Any]:
         "machine": variant.machine,
         "features": list(variant.features),
         "rank": variant.rank,
+        "alignments": list(variant.alignments),
     }
     return {**entry, "device_kernels": variant.device_kernels} if variant.device_code else entry
+
+
+def _alignments(entry: dict[str, Any], inputs: tuple[TensorSpec, ...]) -> tuple[int, ...]:
+    found = tuple(map(int, entry.get("alignments", ())))  # before format 4 there were none
+    if found and (len(found) != len(inputs) or min(found) < 1):
+        raise ValueError(f"alignments of {len(inputs)} inputs that are {found}")
+    return found
 
 
 def _device_part(entry: dict[str, Any], members: dict[str, memoryview]) -> dict[str, Any]:

@@ -155,10 +155,16 @@ class Executable:
 
     on_gpu = None  # see `qcompile.gpu.GpuExecutable`
 
-    def __init__(self, library: Buffer, constants: Iterable[np.ndarray], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        library: Buffer,
+        constants: Iterable[np.ndarray],
+        threads: int | None = None,
+        alignments: Sequence[int] = (),
+    ) -> None:
         """`library`: the bytes of the shared object. `constants`: used where they lie, when aligned. `threads`: as
-        `set_threads` takes it."""
-        self._threads = threads
+        `set_threads` takes it. `alignments`: as a `Variant` has them."""
+        self._threads, self._alignments = threads, alignments
         self._main = main_of(load_module(library), ffi.CPU, 0, POOLED_ALLOCATOR)
         bound = [ffi.tensor(tensors.aligned(array)) for array in constants]
         self._constants = [ffi.array_of(bound)] if bound else []
@@ -172,7 +178,8 @@ class Executable:
         set_threads(self._threads)
         shapes = [array.shape for array in inputs]
         if shapes != self._shapes:
-            self._slots = [_Slot(array) for array in inputs]
+            alignments = self._alignments or [ALIGNMENT] * len(inputs)
+            self._slots = [_Slot(array, bytes_) for array, bytes_ in zip(inputs, alignments, strict=True)]
             self._call = ffi.Call(self._main, *[slot.tensor for slot in self._slots], *self._constants)
             self._shapes, self._views = shapes, None
         taken = [slot.hold(array) for slot, array in zip(self._slots, inputs, strict=True)]
@@ -188,20 +195,22 @@ class Executable:
 
 
 class _Slot:
-    """An input of one shape, as kernels can read it: contiguous and aligned, because they load whole vectors."""
+    """An input of one shape, as kernels can read it: contiguous, and at a multiple of `alignment` bytes."""
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array: np.ndarray, alignment: int) -> None:
+        self._alignment = alignment
         self._buffer = tensors.empty(array.shape, array.dtype)  # takes no memory before it is written to
         self.tensor = ffi.tensor(self._buffer)
         self._description, self._own = self.tensor.tensor, self.tensor.tensor.data
 
     def hold(self, array: np.ndarray) -> int:
         """Let the tensor be `array`, where that lies when it can, else copied; returns the address."""
+        address: int | None
         try:
             address = addressof(c_char.from_buffer(array))  # type: ignore[arg-type]  # an array is a buffer
-        except (TypeError, ValueError):  # it is not contiguous, read-only or empty
-            address = 1
-        if address % ALIGNMENT:
+        except (TypeError, ValueError):  # read-only or empty, which will do; or not contiguous
+            address = array.ctypes.data if array.flags.c_contiguous else None
+        if address is None or address % self._alignment:
             np.copyto(self._buffer, array)
             address = self._own
         self._description.data = address

@@ -222,7 +222,7 @@ def _executable(variant: Variant, threads: int | None) -> Executable | GpuExecut
     if not variant.device_code:
         if threads is not None:  # else the first call makes the pool: a process may fork before it
             OWNER.run(set_threads, threads)
-        return Executable(variant.library, variant.constants.values(), threads)
+        return Executable(variant.library, variant.constants.values(), threads, variant.alignments)
     refuse_threads(threads, variant.name)
     from qcompile.gpu import GpuExecutable  # by now the driver is there
 

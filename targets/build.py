@@ -56,12 +56,14 @@ class Built:
         library: a shared object: a Relax VM executable with the function main(*inputs, constants).
         constants: the tensors of `constants`, in order.
         kernels: which kernel computes which node of the integer graph.
+        alignments: of each input, in bytes.
         device_code, device_kernels: what runs on a GPU, and what TVM must know to launch it; empty for a CPU.
     """
 
     library: bytes
     constants: dict[str, np.ndarray]
     kernels: dict[str, str]
+    alignments: tuple[int, ...]
     device_code: bytes = b""
     device_kernels: str = ""
 
@@ -76,6 +78,7 @@ class Built:
             self.constants,
             self.device_code,
             self.device_kernels,
+            self.alignments,
         )
 
 
@@ -129,7 +132,7 @@ def build(program: Program, target: Target, progress: Progress | None = None, ch
         link(executable, path, command)
         library = path.read_bytes()
     device_kernels = cuda.information_of(lowered.entries) if device_code else ""
-    return Built(library, lowered.constants, lowered.kernels, device_code, device_kernels)
+    return Built(library, lowered.constants, lowered.kernels, lowered.alignments, device_code, device_kernels)
 
 
 def compile_module(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
@@ -44,6 +45,11 @@ class Kernel:
         return pools(self.constants)
 
 
+def bytes_of(dtype: str) -> int:
+    """Of an element."""
+    return int(tvm.DataType(dtype).itemsize)
+
+
 def pools(constants: Sequence[np.ndarray]) -> list[str]:
     return list(dict.fromkeys(str(c.dtype) for c in constants))
 
@@ -66,9 +72,9 @@ class Arguments:
         return T.arg(name, T.buffer((size,), dtype))
 
     def window(self, name: str, size: Dim, dtype: str) -> Any:
-        """A buffer that may lie within a larger one: a part of an input."""
+        """A buffer that may begin at any element of a larger one, and where only elements are aligned: an input."""
         start = tirx.Var(f"{name}_first", "int64")
-        return T.arg(name, T.buffer((size,), dtype, elem_offset=start, offset_factor=1))
+        return T.arg(name, T.buffer((size,), dtype, elem_offset=start, offset_factor=1, align=bytes_of(dtype)))
 
     def constants(self, **arrays: np.ndarray) -> list[Window]:
         """This call's constants, each a window into the network's constants of its type."""

@@ -15,7 +15,7 @@ from tvm import relax, tirx
 from qcompile.ir import Program, is_tensor
 from qcompile.ops.real import OPS
 from qcompile.targets.base import Target
-from qcompile.targets.constants import POOLS
+from qcompile.targets.constants import ALIGNMENT, POOLS
 from qcompile.targets.cuda.launch import Entry
 from qcompile.targets.float_ops import FloatOps
 from qcompile.targets.layout import dense
@@ -38,7 +38,7 @@ class Lowered:
 
     `calls`: (node, function of the module) of every kernel call, in order; a node may need several.
     `workloads`: the kernels that can be tuned, layers of one shape once. `entries`: of the device code that they call,
-    on a GPU.
+    on a GPU. `alignments`: of each input in bytes, as the kernels of a CPU that read it ask for.
     """
 
     module: tvm.IRModule
@@ -47,6 +47,7 @@ class Lowered:
     calls: list[tuple[str, str]]
     workloads: list[Workload]
     entries: list[Entry]
+    alignments: tuple[int, ...]
 
 
 def lower(
@@ -82,7 +83,15 @@ def lower(
     module = low.builder.get()
     for function in ("main",) if part is None else ("main", PART):
         module = relax.transform.BindSymbolicVars({size_of(d): constants[d].size for d in POOLS}, function)(module)
-    return Lowered(module, constants, low.names, low.calls, list(low.workloads.values()), list(low.entries.values()))
+    alignments = () if isinstance(target.isa, Gpu) else tuple(_alignment(node) for node in program.placeholders())
+    workloads, entries = list(low.workloads.values()), list(low.entries.values())
+    return Lowered(module, constants, low.names, low.calls, workloads, entries, alignments)
+
+
+def _alignment(node: fx.Node) -> int:
+    """Of an input, in bytes: most kernels load whole vectors, and what quantizes takes elements wherever they lie."""
+    users = {user.target for user in node.users}
+    return int(node.meta["val"].dtype.itemsize) if users == {q.quantize.default} else ALIGNMENT
 
 
 def _network(low: Lowering, emitters: dict[Any, Callable[[Lowering, fx.Node], None]], name: str) -> None:

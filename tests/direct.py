@@ -19,7 +19,7 @@ from qcompile.targets import Target
 from qcompile.targets.function import Kernel
 
 GUARD = 4096  # bytes on each side of the output
-LINE = 64  # bytes: memory begins at a multiple of it, and is there for whole ones
+LINE = 64  # bytes: most memory begins at a multiple of it, and is there for whole ones
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PROT_NONE = 0
@@ -51,21 +51,23 @@ def call(
     end = begin + size * itemsize
     before = memory.copy()
     output = memory[begin:end].view(dtype or target.isa.storage)
-    taken = [tvm_ffi.from_dlpack(before_nothing(array, rng)) for array in (*inputs, *pools.values())]
+    given = zip((*inputs, *pools.values()), kernel.func.params, strict=False)
+    taken = [tvm_ffi.from_dlpack(before_nothing(array, rng, of.ty.data_alignment)) for array, of in given]
     module.mod["main"](*taken, *starts, *sizes, tvm_ffi.from_dlpack(output))
     assert np.array_equal(memory[:begin], before[:begin]), "it wrote before its output"
     assert np.array_equal(memory[end:], before[end:]), "it wrote past its output"
     return output
 
 
-def before_nothing(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A copy whose last line of memory is the last of a page, after which the process may not read."""
+def before_nothing(array: np.ndarray, rng: np.random.Generator, alignment: int = LINE) -> np.ndarray:
+    """A copy at a multiple of `alignment` bytes, as near as that allows to the end of a page; what follows that the
+    process may not read."""
     pages = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = np.frombuffer(mmap.mmap(-1, pages + mmap.PAGESIZE), np.uint8)
     if _libc.mprotect(ctypes.c_void_p(memory.ctypes.data + pages), ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE):
         raise OSError(ctypes.get_errno(), "mprotect failed")
     memory[:pages] = rng.integers(0, 256, pages, dtype=np.uint8)
-    begin = (pages - array.nbytes) // LINE * LINE
+    begin = (pages - array.nbytes) // alignment * alignment
     copy = memory[begin : begin + array.nbytes].view(array.dtype)
     copy[:] = array.reshape(-1)
     return copy

@@ -30,7 +30,7 @@ def _artifact(seed: int = 0) -> Artifact:
     rng = np.random.default_rng(seed)
     targets: list[tuple[Any, ...]] = [
         ("x86-avx2", "x86_64", ("avx2", "fma")),
-        ("arm64-neon", "aarch64", ("asimd",)),
+        ("arm64-neon", "aarch64", ("asimd",), b"", "", (4,)),
         ("cuda-sm_80", "x86_64", ("sm_80",), rng.bytes(777), '{"func_info": {}}'),
     ]
     return Artifact(

@@ -56,3 +56,12 @@ def test_a_newer_format_is_refused_by_its_number() -> None:
     with pytest.raises(ArtifactError, match=f"format 7; this qcompile reads up to {container.FORMAT}") as caught:
         Artifact.from_bytes(newer)
     assert "upgrade qcompile" in str(caught.value)
+
+
+@pytest.mark.parametrize("alignments", [5, [0], [4, 4], ["four"], [None], [-4]])
+def test_alignments_that_are_none_are_refused(alignments: Any) -> None:
+    artifact = tiny.artifact("x86-avx2")
+    manifest, members = artifact._manifest(), artifact._members()
+    manifest["targets"][0]["alignments"] = alignments
+    with pytest.raises(ArtifactError, match="not as the format says"):
+        Artifact.from_bytes(container.encode(manifest, members))
