@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qcompile.artifact import TensorSpec
-from qcompile.errors import InputError
+from qcompile.errors import ConfigError, InputError
 
 
 class Placed(Protocol):
@@ -96,6 +96,14 @@ def _leaves(values: Iterable[Any], containers: tuple[type, ...]) -> Iterator[Any
             yield from _leaves(inner, containers)
         else:
             yield value
+
+
+def check_seconds(seconds: Any) -> None:
+    """Refuse a time to measure for that is none. Raises ConfigError."""
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float, np.number)) or not 0 < seconds < np.inf:
+        raise ConfigError(
+            f"seconds is {seconds!r}", where="seconds", remedy="give how long to measure: a number above 0"
+        )
 
 
 class InputChecker:

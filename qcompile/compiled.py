@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from qcompile.artifact import Artifact
-from qcompile.checks import InputChecker
+from qcompile.checks import InputChecker, check_seconds
 from qcompile.choices import Choices
 from qcompile.device import lacks
 from qcompile.errors import DeviceError
@@ -68,8 +68,10 @@ class CompiledModel(Model):
             A `Profile`: prints as a table, and `.plot(path)` draws it.
 
         Raises:
-            InputError: the inputs do not fit. DeviceError: the model was compiled for another machine, or for a GPU.
+            InputError: the inputs do not fit. ConfigError: `seconds` is no time. DeviceError: the model was compiled
+                for another machine, or for a GPU.
         """
+        check_seconds(seconds)
         if self._variant.device_code:
             raise DeviceError(
                 f"profile() times the kernels of a processor, and {self.target} is a GPU",

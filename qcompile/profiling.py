@@ -78,7 +78,7 @@ class Profile:
         """Draw every kernel in the order of execution: its time, and the part of it that the peak would need.
 
         Raises:
-            ConfigError: matplotlib is not installed.
+            ConfigError: matplotlib is not installed, or cannot write such a file there.
         """
         try:
             from matplotlib.figure import Figure
@@ -95,7 +95,14 @@ class Profile:
         axes.set_ylim(len(self.rows) - 0.4, -0.6)
         axes.set_xlabel("microseconds")
         axes.legend()
-        figure.savefig(path)
+        try:
+            figure.savefig(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the plot cannot be written: {error}",
+                where=str(path),
+                remedy="give a path in a folder that exists, with an ending such as .png, .svg or .pdf",
+            ) from error
 
 
 def profile(

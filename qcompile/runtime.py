@@ -18,7 +18,7 @@ import numpy as np
 
 from qcompile import ffi
 from qcompile.artifact import Artifact, CoverageRow, TensorSpec, Variant
-from qcompile.checks import InputChecker, in_order
+from qcompile.checks import InputChecker, check_seconds, in_order
 from qcompile.device import lacks, machine
 from qcompile.errors import ArtifactError, DeviceError, InputError, QcompileError
 from qcompile.executable import OWNER, Executable, check_threads, refuse_threads, set_threads
@@ -161,7 +161,12 @@ class Model:
         return Selftest(len(self.artifact.golden), elements, wrong)
 
     def benchmark(self, *inputs: Any, seconds: float = 1.0) -> Timing:
-        """Time calls for about `seconds`, on `inputs` or else on the first golden vector."""
+        """Time calls for about `seconds`, on `inputs` or else on the first golden vector.
+
+        Raises:
+            InputError: the inputs do not fit. ConfigError: `seconds` is no time.
+        """
+        check_seconds(seconds)
         if not inputs and self.artifact.golden:
             inputs = self.artifact.golden[0].inputs
         for _ in range(3):

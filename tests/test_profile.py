@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from execution import X86, skip_unless_runnable
@@ -12,7 +14,8 @@ from torch import nn
 from torch.export import Dim
 
 import qcompile
-from qcompile.errors import DeviceError, InputError
+from qcompile.errors import ConfigError, DeviceError, InputError
+from qcompile.profiling import Profile, ProfileRow
 from qcompile.targets.cpu import peak
 
 # (N, 3, 10, 10): the stem, the two convolutions of the block, the depthwise one, and the head.
@@ -76,3 +79,22 @@ def test_only_what_runs_here_can_be_profiled() -> None:
         foreign.profile(images()[0])
     with pytest.raises(InputError, match="shape"):
         qcompile.compile(network(), calibration=images()).profile(torch.randn(1, 3, 9, 9))
+
+
+def test_a_time_that_is_none_is_refused() -> None:
+    compiled = qcompile.compile(network(), calibration=images())
+    times: list[Any] = [0, -1.0, float("nan"), float("inf"), "1", None, True]
+    for seconds in times:
+        for measure in (compiled.profile, compiled.benchmark):
+            with pytest.raises(ConfigError, match="seconds is") as caught:
+                measure(images()[0], seconds=seconds)
+            assert caught.value.remedy
+    assert compiled.benchmark(images()[0], seconds=np.float32(0.01)).calls > 0
+
+
+@pytest.mark.parametrize("path", ["nowhere/plot.png", "plot.unknown"])
+def test_a_plot_that_cannot_be_written_says_why(path: str, tmp_path: Path) -> None:
+    found = Profile((ProfileRow("conv2d", "0", "conv", 1e-6, 5, 0.5),), 1e9)
+    with pytest.raises(ConfigError, match="cannot be written") as caught:
+        found.plot(tmp_path / path)
+    assert caught.value.where == str(tmp_path / path)
