@@ -38,7 +38,7 @@ docs: .venv/installed-docs ## build the documentation into site/
 	@echo "open site/index.html"
 
 bench: .venv/installed-bench litert ## measure against the other engines, side by side; rewrites docs/benchmarks.md
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run $(OPTIONS)
 	$(BIN)/python -m benchmarks.report
 
 bench-quality: .venv/installed-bench ## measure the accuracy that each preset and the other tools keep, on two networks
@@ -48,11 +48,11 @@ bench-answers: .venv/installed-bench ## measure what quantization does to precis
 	$(BIN)/python -m benchmarks.answers
 
 bench-avx2: .venv/installed-bench ## measure x86-avx2 beside ONNX Runtime held to AVX2; rewrites docs/benchmarks.md
-	$(BIN)/python -m benchmarks.avx2
+	$(BIN)/python -m benchmarks.avx2 $(OPTIONS)
 	$(BIN)/python -m benchmarks.report
 
 bench-cuda: $(if $(VENV),.venv/installed-bench) ## measure the GPU of this machine beside PyTorch on it; rewrites docs/cuda.md
-	$(GPU_PYTHON) -m benchmarks.cuda
+	$(GPU_PYTHON) -m benchmarks.cuda $(OPTIONS)
 
 .venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"

@@ -6,6 +6,7 @@ read before, so the disk does not count. The memory is the most that the process
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping
@@ -33,14 +34,18 @@ class Starts:
 def cold_starts(
     models: Mapping[str, Path], threads: int, x: Path, starts: int
 ) -> tuple[dict[str, Starts], dict[str, str]]:
-    """Start every engine `starts` times, in turns; returns what they showed, and why one failed."""
+    """Start every engine `starts` times, in turns; returns what they showed, and why one failed.
+
+    The order is another in every turn: who starts after a process that held much memory starts later.
+    """
     shown: dict[str, Starts] = {engine: Starts() for engine in models}
     failed: dict[str, str] = {}
     inputs = {engine: x.with_name(f"input for {engine}.npy") for engine in models}
     for engine, path in inputs.items():
         np.save(path, ENGINES[engine].arrange(np.load(x)))
+    order = random.Random(0)
     for _ in range(starts):
-        for engine in list(shown):
+        for engine in order.sample(list(shown), len(shown)):
             try:
                 _start(engine, models[engine], threads, inputs[engine], shown[engine])
             except Failed as error:

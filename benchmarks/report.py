@@ -41,8 +41,8 @@ METHOD = """\
   as a dot product; a network of few channels spends its time there on loads and on what follows a product.
 - **File**: all that a device needs besides the engine itself. **Compile**: from the float model in memory
   or in ONNX to these files, calibration included, importing the engine's packages not.
-- **Cold start**: from the start of a Python process to its first answer, with the files in the page cache. The
-  process imports NumPy and the engine, and no more. All engines start without the hooks that installed packages
+- **Cold start**: from the start of a Python process to its first answer, with the files in the page cache; the median
+  of starts in turns, in another order each time. The process imports NumPy and the engine, and no more. All engines start without the hooks that installed packages
   may run in every Python (`-S`), and with NumPy's own BLAS, which none of them uses, on one thread. OpenVINO compiles
   the network while it loads it; a cache of its own, which would spare it that, is not used.
   LiteRT starts as soon as this project where the network is small, or sooner.
@@ -77,7 +77,7 @@ this is the instruction set, not the caches and the execution units.
 OTHER = """\
 ## On another machine
 
-The same on a machine without a matrix unit, measured with an earlier version (879308e, `benchmarks/other.json`); rows
+The same on a machine without a matrix unit, measured with an earlier version ({commit}, `benchmarks/other.json`); rows
 of batch 16 come from runs of their own, with the int8 engines that came nearest.
 """
 
@@ -85,10 +85,10 @@ of batch 16 come from runs of their own, with the int8 engines that came nearest
 def page(report: Report, avx2: Report | None, other: Report | None) -> str:
     """The whole page; `avx2`: what `python -m benchmarks.avx2` found; `other`: as `report`, of another machine."""
     parts = [INTRODUCTION, f"![Speed of each engine relative to the best peer]({PICTURE})\n"]
-    parts += ["## The machine\n", table.place(report.machine, report.versions)]
+    parts += ["## The machine\n", table.place(report.machine, report.versions | {"commit": report.commits})]
     parts += ["## Summary\n", table.markdown(*summary(report)), METHOD]
     parts += [RESTRICTED, measured_on(avx2), table.markdown(*restricted(avx2))] if avx2 else []
-    parts += [OTHER, *shortly(other)] if other else []
+    parts += [OTHER.format(commit=other.commits), *shortly(other)] if other else []
     parts += ["## Each workload\n"]
     for workload in report.workloads:
         parts += [f"### {workload.name}\n", *details(workload)]
@@ -96,7 +96,7 @@ def page(report: Report, avx2: Report | None, other: Report | None) -> str:
 
 
 def measured_on(report: Report) -> str:
-    return f"Measured on {report.machine['processor']}, commit {report.versions.get('commit', 'unknown')}.\n"
+    return f"Measured on {report.machine['processor']}, commit {report.commits}.\n"
 
 
 def shortly(report: Report) -> Iterable[str]:

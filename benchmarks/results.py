@@ -6,7 +6,7 @@ Seconds, bytes and ratios; an engine that has no figures has a reason instead.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,12 @@ class Run:
 
 @dataclass
 class Workload:
-    """One model at one batch size; `absent`: engine -> why it has no figures."""
+    """One model at one batch size; `absent`: engine -> why it has no figures; `commit`: of this project."""
 
     model: str
     batch: int
     macs: int
+    commit: str = ""
     prepared: dict[str, Prepared] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
@@ -81,12 +82,37 @@ class Workload:
 
 @dataclass
 class Report:
-    """A whole run: on what, with what, and what came out."""
+    """What came out, on what and with what. Workloads may come from several runs, of several commits."""
 
     machine: dict[str, str]
     versions: dict[str, str]
     options: dict[str, Any]
     workloads: list[Workload] = field(default_factory=list)
+
+    @property
+    def commits(self) -> str:
+        """Of this project: one for all workloads, or of which workloads it is."""
+        of: dict[str, list[str]] = {}
+        for workload in self.workloads:
+            of.setdefault(workload.commit, []).append(workload.name)
+        return next(iter(of)) if len(of) == 1 else ", ".join(f"{c} ({'; '.join(names)})" for c, names in of.items())
+
+    def kept(self, path: Path) -> Report:
+        """This, with what was measured before of other workloads, where that was on the same machine with the same
+        versions."""
+        before = Report.load(path) if path.exists() else self
+        agree = all(before.versions.get(name, number) == number for name, number in self.versions.items())
+        if before.machine != self.machine or not agree:
+            return self
+        return replace(self, versions=before.versions | self.versions, workloads=[*before.workloads])
+
+    def put(self, workload: Workload) -> None:
+        """Add `workload`, in place of what was measured of it before."""
+        names = [other.name for other in self.workloads]
+        if workload.name in names:
+            self.workloads[names.index(workload.name)] = workload
+        else:
+            self.workloads.append(workload)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(rounded(asdict(self)), indent=1) + "\n")

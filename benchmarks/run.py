@@ -1,12 +1,12 @@
 """`make bench`: this project and its peers, side by side in one run.
 
     python -m benchmarks.run [--models resnet50 ...] [--batches 1 16] [--engines ...] [--threads 1 2]
-                             [--rounds 12] [--starts 5] [--output results.json]
+                             [--rounds 12] [--starts 9] [--output results.json]
 
 All engines get the same float weights, calibration data and inputs. Per workload: every engine
 prepares the model in a process of its own; then their calls are measured in turns, on each number of
 threads; then their cold starts, in turns. An engine that fails is shown with the reason, and the
-others go on.
+others go on. What `--output` holds of other workloads stays, if it is of this machine and these versions.
 """
 
 from __future__ import annotations
@@ -128,24 +128,21 @@ def main(
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, min(2, os.cpu_count() or 1)}))
     parser.add_argument("--rounds", type=int, default=12, help="undisturbed blocks wanted of each engine")
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a block")
-    parser.add_argument("--starts", type=int, default=5, help="cold starts of each engine")
+    parser.add_argument("--starts", type=int, default=9, help="cold starts of each engine")
     parser.add_argument("--output", type=Path, default=output)
     options = parser.parse_args()
     versions, absent = installed(options.engines)
     absent |= {engine: "left out of this run (--engines)" for engine in engines if engine not in options.engines}
-    report = Report(
-        machine(),
-        versions | {"commit": commit()},
-        {key: getattr(options, key) for key in ("rounds", "seconds", "starts")},
-    )
+    settings = {key: getattr(options, key) for key in ("rounds", "seconds", "starts")}
+    report = Report(machine(), versions, settings).kept(options.output)
     console.print(", ".join(f"{key}: {value}" for key, value in report.machine.items()), soft_wrap=True)
     present = [engine for engine in options.engines if engine not in absent]
     for model in options.models:
         for batch in options.batches:
-            workload = Workload(model, batch, 0, absent=dict(absent))
+            workload = Workload(model, batch, 0, commit(), absent=dict(absent))
             with tempfile.TemporaryDirectory() as scratch:
                 measure(workload, present, Path(scratch), options)
-            report.workloads.append(workload)
+            report.put(workload)
             report.save(options.output)
     console.print(f"written to {options.output}")
 

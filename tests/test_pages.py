@@ -11,7 +11,7 @@ from benchmarks.answers import learning
 from benchmarks.answers.page import SECTIONS, Answers, written
 from benchmarks.figures import Figures
 from benchmarks.measured import PENDING, Measured, filled
-from benchmarks.results import Report
+from benchmarks.results import Report, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,3 +70,18 @@ def test_a_mark_without_an_answer_is_an_error_once_all_is_measured(monkeypatch: 
         monkeypatch.delitem(SECTIONS, name)
     with pytest.raises(ValueError, match="nonsense"):
         written(marked("machine", "speed", "figures: speed", "nonsense"), speed_alone())
+
+
+def test_a_run_of_some_workloads_keeps_the_others(tmp_path: Path) -> None:
+    before = Report({"cores": "2"}, {"torch": "2"}, {}, [Workload("a", 1, 5, "old"), Workload("b", 1, 6, "old")])
+    before.save(path := tmp_path / "results.json")
+    assert before.commits == "old"
+    after = Report({"cores": "2"}, {"torch": "2", "openvino": "3"}, {}).kept(path)
+    assert after.versions == {"torch": "2", "openvino": "3"}
+    after.put(Workload("a", 1, 7, "new"))
+    after.put(Workload("a", 16, 8, "new"))
+    assert [(w.name, w.macs) for w in after.workloads] == [("a, batch 1", 7), ("b, batch 1", 6), ("a, batch 16", 8)]
+    assert after.commits == "new (a, batch 1; a, batch 16), old (b, batch 1)"
+    for machine, versions in (({"cores": "4"}, {"torch": "2"}), ({"cores": "2"}, {"torch": "3"})):
+        assert Report(machine, versions, {}).kept(path).workloads == []
+    assert Report({}, {}, {}).kept(tmp_path / "none.json").workloads == []
