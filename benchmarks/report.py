@@ -42,9 +42,10 @@ METHOD = """\
 - **File**: all that a device needs besides the engine itself. **Compile**: from the float model in memory
   or in ONNX to these files, calibration included, importing the engine's packages not.
 - **Cold start**: from the start of a Python process to its first answer, with the files in the page cache; the median
-  of starts in turns, in another order each time. The process imports NumPy and the engine, and no more. All engines start without the hooks that installed packages
-  may run in every Python (`-S`), and with NumPy's own BLAS, which none of them uses, on one thread. OpenVINO compiles
-  the network while it loads it; a cache of its own, which would spare it that, is not used.
+  of starts in turns, in another order each time. The process imports NumPy and the engine, and no more. All engines
+  start without the hooks that installed packages may run in every Python (`-S`), and with NumPy's own BLAS, which none
+  of them uses, on one thread. OpenVINO compiles the network while it loads it; a cache of its own, which would spare it
+  that, is not used.
   LiteRT starts as soon as this project where the network is small, or sooner.
   **Memory**: the most that this process held (VmHWM).
 - **SQNR** and **same top-1** compare the outputs with the float model's on held-out data. They belong next

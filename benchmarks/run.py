@@ -134,12 +134,12 @@ def main(
     versions, absent = installed(options.engines)
     absent |= {engine: "left out of this run (--engines)" for engine in engines if engine not in options.engines}
     settings = {key: getattr(options, key) for key in ("rounds", "seconds", "starts")}
-    report = Report(machine(), versions, settings).kept(options.output)
+    report, measured = Report(machine(), versions, settings).kept(options.output), commit()
     console.print(", ".join(f"{key}: {value}" for key, value in report.machine.items()), soft_wrap=True)
     present = [engine for engine in options.engines if engine not in absent]
     for model in options.models:
         for batch in options.batches:
-            workload = Workload(model, batch, 0, commit(), absent=dict(absent))
+            workload = Workload(model, batch, 0, measured, absent=dict(absent))
             with tempfile.TemporaryDirectory() as scratch:
                 measure(workload, present, Path(scratch), options)
             report.put(workload)
