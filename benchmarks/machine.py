@@ -14,11 +14,13 @@ DOT_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx2", "asimddp", "i8mm"
 
 
 def commit() -> str:
-    """Which commit of this project is measured; "+" where files differ from it."""
-    shown = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return shown.stdout.strip() or "no commit"
+    """Which commit of this project is measured; "+" where files differ from it, other than what is written here."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/*.json", ":!docs")
+    return (git("describe", "--always") or "no commit") + ("+" if changed else "")
 
 
 def machine() -> dict[str, str]:
