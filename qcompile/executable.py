@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from ctypes import addressof, c_char
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -63,12 +64,18 @@ class Owner:
 
         with self._lock:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="qcompile")
+                self._executor = ThreadPoolExecutor(1, "qcompile", initializer=_anywhere)
         return self._executor.submit(function, *arguments).result()
 
     def after_fork(self) -> None:
         """Start over, in a child process."""
         self._executor, self._lock, self._orphaned = None, threading.Lock(), self._used
+
+
+def _anywhere() -> None:
+    """Let the calling thread run where the main thread may, not only where the one may that made it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
 
 
 OWNER = Owner()
@@ -123,31 +130,44 @@ def set_threads(count: int | None) -> None:
     Raises:
         ConfigError: more than the pool has, or TVM_NUM_THREADS is no number of threads.
     """
-    if getattr(_state, "threads", 0) == count and not (_state.workers and current_core() in _state.workers):
+    if getattr(_state, "threads", 0) == count and not _out_of_place():
         return
-    _state.workers = _configure(pool_size() if count is None else count)
+    _configure(pool_size() if count is None else count)
     _state.threads = ffi.call(ffi.function("runtime.NumThreads"))
     check_threads(count, _state.threads)
     _state.threads = count
 
 
-def _configure(count: int) -> frozenset[int]:
-    """Let the calling thread's pool use `count` threads, each worker on a core of its own that is not the caller's;
-    returns the workers' cores.
+def _configure(count: int) -> None:
+    """Let the calling thread's pool use `count` threads, each worker on a core of its own that is not the caller's.
 
     TVM by itself counts cores from 0, whichever this process may use, and puts a worker where the caller may be: the
     two then take turns on one core, call after call. It confines the caller to its list too, which is undone here.
     """
     configure = ffi.function("runtime.config_threadpool")
+    _state.workers, _state.allowed = frozenset(), None
     if not hasattr(os, "sched_setaffinity"):
         ffi.call(configure, BIG_CORES, count)
-        return frozenset()
-    allowed, (own, *others) = os.sched_getaffinity(0), pool_cores()
+        return
+    allowed, found = os.sched_getaffinity(0), pool_cores()
+    given = islice(cycle(found), pool_size())  # one for each thread of the pool: TVM makes it as large as the list
     try:
-        ffi.call(configure, GIVEN_CORES, count, ffi.array_of(map(str, (own, *others))))
+        ffi.call(configure, GIVEN_CORES, count, ffi.array_of(map(str, given)))
     finally:
         os.sched_setaffinity(0, allowed)
-    return frozenset(others[: count - 1] if len(others) + 1 >= pool_size() else ())
+    if os.environ.get("TVM_BIND_THREADS", "1") != "1":  # nor does TVM then
+        return
+    if count <= len(found):
+        _state.workers = frozenset(found[1:count])
+    else:
+        _state.allowed = allowed
+
+
+def _out_of_place() -> bool:
+    """Whether the calling thread has come to a worker's core, or shares its own with one and may use others now."""
+    if _state.allowed is not None:
+        return os.sched_getaffinity(0) != _state.allowed
+    return bool(_state.workers) and current_core() in _state.workers
 
 
 class Executable:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -38,28 +39,66 @@ print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 CORES = """
-import os, sys
+import os, sys, threading
 sys.path[:0] = [{root!r}, {tests!r}]
-allowed = set({allowed})
+allowed = {allowed}
 os.sched_setaffinity(0, allowed)
 import numpy as np, qcompile, tiny
-from qcompile import device, executable
+from qcompile import device, executable, ffi
 
 def workers():
-    return [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+    tasks = set(map(int, os.listdir("/proc/self/task"))) - known
+    return sorted(sorted(os.sched_getaffinity(task)) for task in tasks)
 
-def runs_apart(core):
-    "A call by a thread on `core` is right, leaves that thread where it may be, and puts workers on the other cores."
-    executable.current_core = device.current_core = lambda: core
-    x = tiny.random_input(8, core)
+def right(model):
+    before, x = os.sched_getaffinity(0), tiny.random_input(8, 1)
     assert np.array_equal(model(x)["y"], tiny.expected(x))
-    assert os.sched_getaffinity(0) == allowed, os.sched_getaffinity(0)
-    assert sorted(map(sorted, workers())) == [[other] for other in sorted(allowed - {{core}})], workers()
+    assert os.sched_getaffinity(0) == before, (before, os.sched_getaffinity(0))
 
+def apart(core):
+    "A call by a thread on `core` puts workers on the other cores."
+    executable.current_core = device.current_core = lambda: core
+    right(model)
+    assert workers() == [[other] for other in sorted(allowed - {{core}})], (core, workers())
+
+def used():
+    return ffi.call(ffi.function("runtime.NumThreads"))
+
+known = {{os.getpid()}}
 model = qcompile.load({path!r})
-for core in [*allowed, *allowed]:
-    runs_apart(core)
+{then}
 print("right")
+"""
+
+SEVERAL = len(os.sched_getaffinity(0)) > 1
+IN_TURN = "for core in [*allowed, *allowed]: apart(core)"
+PINNED_FIRST = """
+one = min(allowed)
+os.sched_setaffinity(0, {one})
+right(model)
+assert used() == len(allowed) and set(map(tuple, workers())) == {(one,)}, (used(), workers())
+right(qcompile.load(model_path, threads=len(allowed)))
+os.sched_setaffinity(0, allowed)
+apart(one)
+"""
+FROM_A_PINNED_THREAD = """
+def pinned():
+    known.add(threading.get_native_id())
+    os.sched_setaffinity(0, {min(allowed)})
+    right(model)
+thread = threading.Thread(target=pinned)
+thread.start()
+thread.join()
+owner = [task for task in map(int, os.listdir("/proc/self/task")) if os.sched_getaffinity(task) == allowed]
+assert len(owner) == 2, "the main thread, and the one that runs calls of others"
+assert executable.OWNER._executor.submit(used).result() == len(allowed)
+"""
+MORE_THAN_CORES = """
+many = len(allowed) + 3
+right(qcompile.load(model_path, threads=many))
+assert used() == many
+right(qcompile.load(model_path, threads=2))
+assert used() == 2
 """
 
 
@@ -125,11 +164,34 @@ def test_a_child_of_a_process_that_ran_a_model_is_told_so(path: Path) -> None:
     assert answer.endswith("child 3\n")
 
 
-@pytest.mark.parametrize("first", [0, -1, -2], ids=["all", "the last", "the last two"])
-def test_workers_keep_to_the_cores_of_the_process_and_off_the_callers(path: Path, first: int) -> None:
-    allowed = sorted(os.sched_getaffinity(0))[first:]
-    code = CORES.format(root=str(ROOT), tests=str(ROOT / "tests"), allowed=allowed, path=str(path))
+def in_a_process_of_its_own(path: Path, then: str, allowed: Iterable[int], **variables: str) -> None:
+    then = then.replace("model_path", repr(str(path)))
+    code = CORES.format(root=str(ROOT), tests=str(ROOT / "tests"), allowed=set(allowed), path=str(path), then=then)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TVM_")}
     clean["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's library would have a thread of its own
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=clean)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=clean | variables
+    )
     assert done.stdout == "right\n", done.stderr
+
+
+@pytest.mark.parametrize("first", [0, -1, -2], ids=["all", "the last", "the last two"])
+def test_workers_keep_to_the_cores_of_the_process_and_off_the_callers(path: Path, first: int) -> None:
+    in_a_process_of_its_own(path, IN_TURN, sorted(os.sched_getaffinity(0))[first:])
+
+
+@pytest.mark.skipif(not SEVERAL, reason="there is one core")
+@pytest.mark.parametrize("then", [PINNED_FIRST, FROM_A_PINNED_THREAD], ids=["the caller", "another thread"])
+def test_who_may_use_one_core_at_first_does_not_keep_the_others_from_it(path: Path, then: str) -> None:
+    in_a_process_of_its_own(path, then, os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("count", [1, None])
+def test_there_may_be_more_threads_than_cores(path: Path, count: int | None) -> None:
+    allowed = sorted(os.sched_getaffinity(0))[:count]
+    in_a_process_of_its_own(path, MORE_THAN_CORES, allowed, TVM_NUM_THREADS=str(len(allowed) + 3))
+
+
+def test_who_binds_threads_otherwise_is_let(path: Path) -> None:
+    everywhere = "right(model); assert workers() == [sorted(allowed)] * (len(allowed) - 1), workers()"
+    in_a_process_of_its_own(path, everywhere, os.sched_getaffinity(0), TVM_BIND_THREADS="0")
