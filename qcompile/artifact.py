@@ -25,6 +25,7 @@ from qcompile.errors import ArtifactError
 if TYPE_CHECKING:
     from pathlib import Path
 
+_ALIGNMENTS = (1, 2, 4, 8, 16, 32, container.ALIGNMENT)
 Dimension = int | tuple[str, int, int]
 """A number, or (symbol, smallest, largest)."""
 
@@ -292,10 +293,11 @@ def _target(variant: Variant) -> dict[str, Any]:
 
 
 def _alignments(entry: dict[str, Any], inputs: tuple[TensorSpec, ...]) -> tuple[int, ...]:
-    found = tuple(map(int, entry.get("alignments", ())))  # before format 4 there were none
-    if found and (len(found) != len(inputs) or min(found) < 1):
+    found = entry.get("alignments", [])  # before format 4 there were none
+    known = isinstance(found, list) and all(type(number) is int and number in _ALIGNMENTS for number in found)
+    if not known or len(found) not in (0, len(inputs)):
         raise ValueError(f"alignments of {len(inputs)} inputs that are {found}")
-    return found
+    return tuple(found)
 
 
 def _device_part(entry: dict[str, Any], members: dict[str, memoryview]) -> dict[str, Any]:

@@ -177,17 +177,17 @@ def decode(
     Raises:
         ArtifactError: it is not an artifact, is truncated or altered, or has a newer format.
     """
-    written = _read_comment(whole, where)
+    number, written = _read_comment(whole, where)
     try:
         manifest, spans = _contents(whole)
         digests = {name: manifest["members"][name]["sha256"] for name in spans}
-        part = _OLDER_PARTS.get(manifest["format"], PART)
+        part = _OLDER_PARTS.get(number, PART)
         found = _outside(whole, list(spans.values()))
     except _BROKEN as error:
         raise ArtifactError(
             "the artifact is damaged: its table of contents", where=where, remedy=_COPY_AGAIN
         ) from error
-    if found != written:
+    if found != written or manifest.get("format") != number:
         raise ArtifactError(
             "the artifact is damaged: its manifest or table of contents", where=where, remedy=_COPY_AGAIN
         )
@@ -260,8 +260,8 @@ def _header(whole: memoryview, at: int) -> tuple[str, int, int]:
     return bytes(whole[end - name_bytes : end]).decode(), end + extra_bytes, size
 
 
-def _read_comment(whole: memoryview, where: str) -> bytes:
-    """The digest in the comment, after checking that this is an artifact of a format we read."""
+def _read_comment(whole: memoryview, where: str) -> tuple[int, bytes]:
+    """The format and the digest in the comment, after checking that this is an artifact of a format we read."""
     fields = bytes(whole[-_COMMENT_BYTES:]).split(b" ")
     if len(fields) != 4 or fields[0] != b"qcompile-qcm" or not fields[1].isdigit():
         begun = bytes(whole[:2]) == b"PK" and MANIFEST.encode() in bytes(whole[:64])
@@ -273,4 +273,4 @@ def _read_comment(whole: memoryview, where: str) -> bytes:
             where=where,
             remedy="upgrade qcompile on this machine, or save the artifact with the older version",
         )
-    return fields[3]
+    return int(fields[1]), fields[3]

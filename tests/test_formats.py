@@ -58,10 +58,22 @@ def test_a_newer_format_is_refused_by_its_number() -> None:
     assert "upgrade qcompile" in str(caught.value)
 
 
-@pytest.mark.parametrize("alignments", [5, [0], [4, 4], ["four"], [None], [-4]])
+@pytest.mark.parametrize("alignments", [5, [0], [4, 4], ["4"], [None], [-4], [4.5], [True], "4", {"4": 1}, [3], [128]])
 def test_alignments_that_are_none_are_refused(alignments: Any) -> None:
     artifact = tiny.artifact("x86-avx2")
     manifest, members = artifact._manifest(), artifact._members()
     manifest["targets"][0]["alignments"] = alignments
     with pytest.raises(ArtifactError, match="not as the format says"):
         Artifact.from_bytes(container.encode(manifest, members))
+
+
+@pytest.mark.parametrize("number", [0, 3, 99])
+def test_the_manifest_has_the_number_of_the_file(number: int) -> None:
+    artifact = tiny.artifact("x86-avx2")
+    whole = bytearray(container.encode({**artifact._manifest(), "format": number}, artifact._members()))
+    begin = len(whole) - container._COMMENT_BYTES
+    whole[begin:-65] = (container._COMMENT % (container.FORMAT, b""))[:-1]
+    _, spans = container._contents(memoryview(whole))
+    whole[-64:] = container._outside(bytes(whole), list(spans.values()))
+    with pytest.raises(ArtifactError, match="damaged: its manifest"):
+        Artifact.from_bytes(bytes(whole))
