@@ -311,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DeviceError as error:
         raise SystemExit(f"error: {error}") from None
     versions = {name: version(name) for name in ("torch", "apache-tvm")} | {"commit": commit()}
+    versions["torch.compile"] = options.mode
     bench = Bench(target, options.mode, options.rounds, Measured(place(), versions, {}))
     for size in options.sizes:
         bench.attempt("products", f"{size} x {size} x {size}", partial(bench.product, size, size))

@@ -45,16 +45,16 @@ METHOD = """\
   of starts in turns, in another order each time. The process imports NumPy and the engine, and no more. All engines
   start without the hooks that installed packages may run in every Python (`-S`), and with NumPy's own BLAS, which none
   of them uses, on one thread. OpenVINO compiles the network while it loads it; a cache of its own, which would spare it
-  that, is not used.
-  LiteRT starts as soon as this project where the network is small, or sooner.
-  **Memory**: the most that this process held (VmHWM).
+  that, is not used. **Memory**: the most that this process held (VmHWM). Both with the most threads.
 - **SQNR** and **same top-1** compare the outputs with the float model's on held-out data. They belong next
   to the speed, since an engine can be fast by leaving out what it should compute; they are no measure of
   accuracy, since most of these weights are random.
 - **qcompile untuned** is compiled with the analytic default of every kernel; **qcompile** also looks up what was
   measured for these models on this kind of processor and ships with the package ([tuning](tuning.md)).
 - Every call takes a float32 NumPy array and returns one. LiteRT gets images channels last, as it was
-  converted; the others channels first. Batch 16 is compiled with that static shape.
+  converted; the others channels first. Batch 16 is compiled with that static shape. What OpenVINO does not compute in
+  int8 it computes in float32 (`INFERENCE_PRECISION_HINT`), as the float model is.
+- Batch 16 has the int8 peers that came nearest at batch 1; the engines that were left out are listed with each row.
 - The networks: ResNet-18 and ResNet-50, MobileNetV2, EfficientNet-Lite0 (224 x 224 photographs), and an MLP
   784-1024-1024-10. EfficientNet-Lite0 has its ImageNet weights; the other weights are random with
   the statistics of trained ones.

@@ -98,11 +98,11 @@ class Report:
         return next(iter(of)) if len(of) == 1 else ", ".join(f"{c} ({'; '.join(names)})" for c, names in of.items())
 
     def kept(self, path: Path) -> Report:
-        """This, with what was measured before of other workloads, where that was on the same machine with the same
-        versions."""
+        """This, with what was measured before of other workloads, where that was on the same machine, with the same
+        versions and settings."""
         before = Report.load(path) if path.exists() else self
         agree = all(before.versions.get(name, number) == number for name, number in self.versions.items())
-        if before.machine != self.machine or not agree:
+        if (before.machine, before.options) != (self.machine, self.options) or not agree:
             return self
         return replace(self, versions=before.versions | self.versions, workloads=[*before.workloads])
 

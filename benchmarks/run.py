@@ -6,7 +6,7 @@
 All engines get the same float weights, calibration data and inputs. Per workload: every engine
 prepares the model in a process of its own; then their calls are measured in turns, on each number of
 threads; then their cold starts, in turns. An engine that fails is shown with the reason, and the
-others go on. What `--output` holds of other workloads stays, if it is of this machine and these versions.
+others go on. What `--output` holds of other workloads stays, if it is of this machine, these versions and settings.
 """
 
 from __future__ import annotations
@@ -136,6 +136,11 @@ def main(
     settings = {key: getattr(options, key) for key in ("rounds", "seconds", "starts")}
     report, measured = Report(machine(), versions, settings).kept(options.output), commit()
     console.print(", ".join(f"{key}: {value}" for key, value in report.machine.items()), soft_wrap=True)
+    if options.output.exists() and not report.workloads:
+        console.print(
+            f"{options.output} was measured elsewhere, or with other versions or settings: it is begun anew",
+            soft_wrap=True,
+        )
     present = [engine for engine in options.engines if engine not in absent]
     for model in options.models:
         for batch in options.batches:

@@ -82,6 +82,10 @@ def test_a_run_of_some_workloads_keeps_the_others(tmp_path: Path) -> None:
     after.put(Workload("a", 16, 8, "new"))
     assert [(w.name, w.macs) for w in after.workloads] == [("a, batch 1", 7), ("b, batch 1", 6), ("a, batch 16", 8)]
     assert after.commits == "new (a, batch 1; a, batch 16), old (b, batch 1)"
-    for machine, versions in (({"cores": "4"}, {"torch": "2"}), ({"cores": "2"}, {"torch": "3"})):
-        assert Report(machine, versions, {}).kept(path).workloads == []
+    for machine, versions, options in (
+        ({"cores": "4"}, {"torch": "2"}, {}),
+        ({"cores": "2"}, {"torch": "3"}, {}),
+        ({"cores": "2"}, {"torch": "2"}, {"rounds": 1}),
+    ):
+        assert Report(machine, versions, options).kept(path).workloads == []
     assert Report({}, {}, {}).kept(tmp_path / "none.json").workloads == []
