@@ -64,7 +64,8 @@ def entries(target: str) -> tuple[Entry, ...]:
     tiles += [(tiles[-1][0], access) for access in (4, 8)]
     for residual in (False, True):
         for tile, access in tiles:
-            for shares, entry in ((1, tiled), (2, split)) if tile in (tiles[0][0], tiles[-1][0]) else ((1, tiled),):
+            shared = tile == tiles[0][0] or tile.tall * tile.wide <= 64 * 64  # few blocks, as few pixels make
+            for shares, entry in ((1, tiled), (2, split)) if shared else ((1, tiled),):
                 function = replace(tile, shares=shares).function(gpu(target), access, residual)
                 found.append(replace(entry, function=function, threads=tile.threads))
         for size, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (0, 0)):
