@@ -45,11 +45,6 @@ class Kernel:
         return pools(self.constants)
 
 
-def bytes_of(dtype: str) -> int:
-    """Of an element."""
-    return int(tvm.DataType(dtype).itemsize)
-
-
 def pools(constants: Sequence[np.ndarray]) -> list[str]:
     return list(dict.fromkeys(str(c.dtype) for c in constants))
 
@@ -74,7 +69,8 @@ class Arguments:
     def window(self, name: str, size: Dim, dtype: str) -> Any:
         """A buffer that may begin at any element of a larger one, and where only elements are aligned: an input."""
         start = tirx.Var(f"{name}_first", "int64")
-        return T.arg(name, T.buffer((size,), dtype, elem_offset=start, offset_factor=1, align=bytes_of(dtype)))
+        element = int(tvm.DataType(dtype).itemsize)
+        return T.arg(name, T.buffer((size,), dtype, elem_offset=start, offset_factor=1, align=element))
 
     def constants(self, **arrays: np.ndarray) -> list[Window]:
         """This call's constants, each a window into the network's constants of its type."""
